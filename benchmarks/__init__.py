@@ -1,0 +1,1 @@
+"""Reproducible comparisons: each prints a table with its hardware, and then one JSON line."""

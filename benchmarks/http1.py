@@ -1,0 +1,148 @@
+"""The least HTTP/1.1 that a load client needs: a reply parser and a keep-alive connection.
+
+One request in flight per connection, bodies by Content-Length, chunked or until the connection closes. No TLS, no
+redirects, no pipelining, no compression. Callbacks rather than tasks, since the client shares its cores with the
+server that it measures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One whole reply; `headers` has lower-case names."""
+
+    status: int
+    headers: dict[bytes, bytes]
+    body: bytes
+
+
+class ReplyParser:
+    """Bytes in, replies out; holds one unfinished reply."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._status = 0
+        self._headers: dict[bytes, bytes] | None = None
+        self._length: int | None = None
+        self._chunks: list[bytes] = []
+
+    def feed(self, data: bytes) -> Reply | None:
+        """Take what arrived; returns the reply when it is whole.
+
+        Raises:
+            ValueError: not HTTP/1.1.
+        """
+        self._buffer += data
+        if self._headers is None and not self._read_head():
+            return None
+        if self._length is not None:
+            return self._take(self._length) if len(self._buffer) >= self._length else None
+        return self._read_chunks() if self._chunked else None
+
+    def finish(self) -> Reply | None:
+        """The connection closed: a body without a length ends here; anything else was cut off."""
+        if self._headers is None or self._length is not None or self._chunked:
+            return None
+        return self._take(len(self._buffer))
+
+    @property
+    def _chunked(self) -> bool:
+        return self._headers is not None and b"chunked" in self._headers.get(b"transfer-encoding", b"")
+
+    def _read_head(self) -> bool:
+        end = self._buffer.find(b"\r\n\r\n")
+        if end < 0:
+            return False
+        first, *lines = bytes(self._buffer[:end]).split(b"\r\n")
+        if not first.startswith(b"HTTP/1."):
+            raise ValueError(f"not an HTTP/1 reply: {first[:40]!r}")
+        self._status = int(first[9:12])
+        pairs = (line.partition(b":") for line in lines)
+        self._headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        length = self._headers.get(b"content-length")
+        self._length = 0 if self._status in (204, 304) else int(length) if length is not None else None
+        del self._buffer[: end + 4]
+        return True
+
+    def _read_chunks(self) -> Reply | None:
+        while (line := self._buffer.find(b"\r\n")) >= 0:
+            size = int(self._buffer[:line].split(b";")[0], 16)
+            end = line + 2 + size + 2
+            if len(self._buffer) < end:
+                return None
+            if size == 0:
+                del self._buffer[:end]
+                return self._take(0)
+            self._chunks.append(bytes(self._buffer[line + 2 : end - 2]))
+            del self._buffer[:end]
+        return None
+
+    def _take(self, length: int) -> Reply:
+        body = b"".join(self._chunks) + bytes(self._buffer[:length])
+        reply = Reply(self._status, self._headers or {}, body)
+        del self._buffer[:length]
+        self._headers, self._length, self._chunks = None, None, []
+        return reply
+
+
+class Connection(asyncio.Protocol):
+    """A keep-alive connection that says when it is ready, what came back, and when it is lost.
+
+    `on_ready(connection)`: it may send. `on_reply(started, reply)`: `started` is what `send` was given; `reply` is
+    None if the connection broke before the reply was whole. `on_lost(connection)` comes once, at the end.
+    """
+
+    def __init__(
+        self,
+        on_ready: Callable[[Connection], None],
+        on_reply: Callable[[float, Reply | None], None],
+        on_lost: Callable[[Connection], None],
+    ) -> None:
+        self._on_ready, self._on_reply, self._on_lost = on_ready, on_reply, on_lost
+        self._parser = ReplyParser()
+        self._transport: asyncio.Transport | None = None
+        self._started: float | None = None
+
+    def send(self, request: bytes, started: float | None = None) -> None:
+        """Write one request; its latency counts from `started` (now if None), on the clock of `perf_counter`."""
+        if self._transport is None or self._started is not None:
+            raise RuntimeError("send() on a connection that is not ready")
+        self._started = time.perf_counter() if started is None else started
+        self._transport.write(request)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not isinstance(transport, asyncio.Transport):
+            raise TypeError(f"expected a stream transport, got {type(transport).__name__}")
+        self._transport = transport
+        self._on_ready(self)
+
+    def data_received(self, data: bytes) -> None:
+        reply = self._parser.feed(data)
+        if reply is None or self._started is None:
+            return
+        self._answer(reply)
+        if reply.headers.get(b"connection", b"").lower() == b"close":
+            self.close()
+        elif self._transport is not None and not self._transport.is_closing():
+            self._on_ready(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._started is not None:
+            self._answer(self._parser.finish())
+        self._on_lost(self)
+
+    def _answer(self, reply: Reply | None) -> None:
+        started, self._started = self._started, None
+        if started is not None:
+            self._on_reply(started, reply)

@@ -1,0 +1,124 @@
+"""What a user may set, as strict models: one for `optimize`, one for `serve`. Few dials; the rest is derived.
+
+Nothing here reads the environment or a file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from fettle.manifest import Identifier, TaskKind
+
+Device = Literal["cpu", "cuda"]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataFiles(Settings):
+    """Either one file that Fettle splits, or one for each split. JSONL (also .gz), CSV or Parquet."""
+
+    data: Path | None = None
+    train: Path | None = None
+    validation: Path | None = None
+    calibration: Path | None = None
+    test: Path | None = None
+    text_column: str = "text"
+    pair_column: str | None = None
+    label_column: str = "label"
+
+    @model_validator(mode="after")
+    def one_way_or_the_other(self) -> DataFiles:
+        splits = [self.train, self.validation, self.calibration, self.test]
+        if (self.data is None) == (not any(splits)):
+            raise ValueError("give either data, or some of train, validation, calibration and test (at least test)")
+        if self.data is None and self.test is None:
+            raise ValueError("test is missing: quality is reported on rows that nothing else has seen")
+        return self
+
+
+class OptimizeConfig(Settings):
+    """One run of `fettle optimize`."""
+
+    model: str = Field(description="a hub id or a directory")
+    out: Path
+    files: DataFiles
+    name: Identifier | None = Field(default=None, description="the family's name; the model's last path part if None")
+    task: TaskKind | None = Field(default=None, description="read from the checkpoint if None")
+    recipes: list[Identifier] | None = Field(default=None, description="variant ids to build; all if None")
+    threads: int = Field(default=1, ge=1, description="threads of one engine while measuring, as it will be served")
+    max_rows: int = Field(default=2000, ge=16, description="rows of `test` used for quality")
+    seed: int = 0
+
+
+class ReplicaConfig(Settings):
+    """How many replicas each variant has, and what one asks of Ray; None means: from the manifest."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=2, ge=1)
+    threads: int = Field(default=1, ge=1, description="intra-op threads of one replica on CPU")
+    cpus: float | None = Field(default=None, ge=0)
+    gpus: float | None = Field(default=None, ge=0)
+    device: Device = "cpu"
+    prefetch: int = Field(default=1, ge=0, description="batches that wait at a replica while it works on one")
+
+    @model_validator(mode="after")
+    def ordered(self) -> ReplicaConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} exceeds max_replicas {self.max_replicas}")
+        return self
+
+
+class BatchConfig(Settings):
+    """Bounds of a batch and of the queue before it."""
+
+    max_rows: int = Field(default=64, ge=1)
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="padded tokens in a batch; from the latency table if None"
+    )
+    max_age_ms: float = Field(default=100.0, gt=0, description="a row waiting longer is not passed over any more")
+    max_queue_s: float = Field(
+        default=1.0, gt=0, description="predicted time to drain the queue, above which requests are refused"
+    )
+
+
+class LimitConfig(Settings):
+    """Bounds of one request."""
+
+    max_body_bytes: int = Field(default=2_000_000, ge=1)
+    max_inputs: int = Field(default=256, ge=1)
+
+
+class FamilyConfig(Settings):
+    """One family behind the service."""
+
+    path: str
+    name: Identifier | None = None
+    variants: list[Identifier] | None = Field(
+        default=None, description="variants to serve; the measured frontier and the default one if None"
+    )
+    default: Identifier | None = Field(default=None, description="answers when a request pins none")
+
+
+class ServeConfig(Settings):
+    """What `deployments.app:build` takes; `serve run deployments.app:build family=DIR` is the short form."""
+
+    families: list[FamilyConfig] = Field(min_length=1)
+    replicas: ReplicaConfig = ReplicaConfig()
+    batch: BatchConfig = BatchConfig()
+    limits: LimitConfig = LimitConfig()
+    routers: int = Field(default=1, ge=1)
+    api_keys: list[Annotated[str, StringConstraints(min_length=8)]] = Field(default=[], repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def short_form(cls, value: object) -> object:
+        """`family=DIR` (or several, separated by commas) stands for `families`."""
+        if isinstance(value, dict) and "family" in value:
+            rest = {key: item for key, item in value.items() if key != "family"}
+            return {"families": [{"path": path} for path in str(value["family"]).split(",")], **rest}
+        return value

@@ -1,0 +1,231 @@
+"""What the files of a family say: the typed content of `family.json` and `variants/<id>/manifest.json`.
+
+Only shapes and checks; reading, writing and verifying them is `fettle.family`. Unknown keys and unknown schema
+versions fail, since a manifest is the only truth about its files.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+
+SCHEMA_VERSION = 1
+
+Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _below(path: str) -> str:
+    """A manifest must not reach outside its own directory."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
+        raise ValueError("must be a relative path below the manifest's directory")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_below)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class TaskKind(StrEnum):
+    CLASSIFY = "classify"
+    EMBED = "embed"
+
+
+class Head(StrEnum):
+    """How logits become an answer: softmax and argmax, a sigmoid for each label, or the number itself."""
+
+    SINGLE_LABEL = "single_label"
+    MULTI_LABEL = "multi_label"
+    REGRESSION = "regression"
+
+
+class Task(Strict):
+    """What the model answers. `labels` in the order of the logits; `width` is the length of an output row."""
+
+    kind: TaskKind
+    head: Head | None = None
+    labels: list[str] = []
+    width: int = Field(ge=1)
+    pooling: Literal["mean", "cls", "max"] | None = None
+    normalized: bool = False
+
+
+class TokenizerSpec(Strict):
+    """How texts become rows. `max_length` counts the special tokens; `vocabulary` bounds the token ids."""
+
+    max_length: int = Field(ge=2)
+    vocabulary: int = Field(ge=1)
+    pad_id: int = Field(ge=0)
+    segments: bool = Field(description="the model reads token type ids")
+
+
+class FileRecord(Strict):
+    path: RelativePath
+    sha256: Sha256
+    bytes: int = Field(ge=0)
+
+
+class PassRecord(Strict):
+    """One step of a recipe, with every parameter that it used and how long it took."""
+
+    name: Identifier
+    parameters: dict[str, JsonValue] = {}
+    seconds: float = Field(ge=0)
+    notes: dict[str, JsonValue] = Field(default={}, description="what the pass found, e.g. fused node counts")
+
+
+class Runtime(StrEnum):
+    ONNX = "onnx"
+    TORCH = "torch"
+    FAKE = "fake"
+
+
+class Precision(StrEnum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+class Hardware(Strict):
+    """Where something was measured, and with what."""
+
+    processor: str
+    cores: int = Field(ge=1)
+    memory_bytes: int = Field(ge=0)
+    accelerator: str | None = None
+    versions: dict[str, str] = {}
+
+
+class LatencyCell(Strict):
+    batch: int = Field(ge=1)
+    length: int = Field(ge=1)
+    median_ms: float = Field(gt=0)
+    p95_ms: float = Field(gt=0)
+
+
+class LatencyTable(Strict):
+    """Milliseconds of one engine call by (rows, tokens per row), on `threads` threads of one device."""
+
+    device: Literal["cpu", "cuda"]
+    threads: int = Field(ge=1)
+    cells: list[LatencyCell] = Field(min_length=1)
+
+
+class Quality(Strict):
+    """How the variant's answers compare with the reference's on `rows` rows that nothing was tuned on.
+
+    `disagreement` is the worst over the batchings that were tried (see `BatchInvariance`), as a share in [0, 1].
+    `metric` is the task's own figure against the labels, where the data have them.
+    """
+
+    rows: int = Field(ge=1)
+    disagreement: float = Field(ge=0, le=1)
+    loss: str = Field(description="what counts as a disagreement, in words")
+    max_difference: float = Field(ge=0, description="largest absolute difference of an output value")
+    mean_cosine: float | None = None
+    metric_name: str | None = None
+    metric: float | None = None
+    reference_metric: float | None = None
+
+
+class BatchInvariance(Strict):
+    """Whether an answer depends on who shares the batch: the same rows alone and in mixed batches.
+
+    `changed` is the share of rows whose answer differs between the two; `invariant` is false as soon as an output
+    value moves by more than `tolerance`.
+    """
+
+    rows: int = Field(ge=1)
+    batch: int = Field(ge=2)
+    changed: float = Field(ge=0, le=1)
+    max_difference: float = Field(ge=0)
+    tolerance: float = Field(gt=0)
+    invariant: bool
+
+
+class Measurements(Strict):
+    hardware: Hardware
+    quality: Quality
+    batching: BatchInvariance
+    latency: LatencyTable
+    peak_memory_bytes: int = Field(ge=0, description="resident memory of a process that runs this variant alone")
+    load_seconds: float = Field(ge=0)
+    seconds: float = Field(ge=0, description="how long the measuring took")
+
+
+class Resources(Strict):
+    """What one replica asks of Ray."""
+
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+    memory_bytes: int = Field(default=0, ge=0)
+
+
+class VariantManifest(Strict):
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: Identifier
+    parent: Identifier | None = None
+    runtime: Runtime
+    precision: Precision
+    recipe: list[PassRecord]
+    tokenizer: TokenizerSpec
+    task: Task
+    files: list[FileRecord]
+    resources: Resources = Resources()
+    measured: Measurements | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+class VariantEntry(Strict):
+    """A variant as the family knows it: the manifest's own hash makes it part of the chain."""
+
+    id: Identifier
+    manifest_sha256: Sha256
+
+
+class NotBuilt(Strict):
+    """A variant that was asked for and is not there, and why."""
+
+    id: Identifier
+    reason: str
+
+
+class DataSplit(Strict):
+    rows: int = Field(ge=0)
+    sha256: Sha256
+    labelled: bool
+
+
+class Source(Strict):
+    """Where the reference came from."""
+
+    name: str
+    architecture: str
+    sha256: Sha256 = Field(description="over the model's own files")
+
+
+class FamilyManifest(Strict):
+    schema_version: Literal[1] = SCHEMA_VERSION
+    fettle_version: str
+    name: Identifier
+    source: Source
+    task: Task
+    tokenizer: TokenizerSpec
+    tokenizer_files: list[FileRecord]
+    reference: Identifier
+    default: Identifier = Field(description="the variant that answers when a request pins none")
+    data: dict[str, DataSplit]
+    hardware: Hardware
+    variants: list[VariantEntry] = Field(min_length=1)
+    not_built: list[NotBuilt] = []

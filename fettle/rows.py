@@ -1,0 +1,94 @@
+"""The arrays that pass between tokenizer, batcher, worker and back: rows of token ids, and their outputs.
+
+Rows are flat (no padding), so that a batch of unequal texts costs on the wire what its tokens cost, and padding
+is the engine's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tokenized text: `ids` int32 [n]; `type_ids` int8 [n] (segment of each token), None if all are 0."""
+
+    ids: NDArray[np.int32]
+    type_ids: NDArray[np.int8] | None = None
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A batch: `ids` int32 [sum of lengths], `lengths` int32 [rows], `type_ids` int8 [sum of lengths] or None."""
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    type_ids: NDArray[np.int8] | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Rows:
+        """Join rows into one flat batch; segments are kept if any row has them."""
+        typed = any(row.type_ids is not None for row in rows)
+        return cls(
+            ids=np.concatenate([row.ids for row in rows]),
+            lengths=np.fromiter((len(row) for row in rows), np.int32, len(rows)),
+            type_ids=np.concatenate([_types(row) for row in rows]) if typed else None,
+        )
+
+    def __len__(self) -> int:
+        return int(self.lengths.shape[0])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    def padded(self, pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Right-padded `(input_ids, attention_mask, token_type_ids)`, each int64 [rows, longest]."""
+        inside = np.arange(self.longest) < self.lengths[:, None]
+        ids = np.full(inside.shape, pad_id, np.int64)
+        ids[inside] = self.ids
+        types = np.zeros(inside.shape, np.int64)
+        if self.type_ids is not None:
+            types[inside] = self.type_ids
+        return ids, inside.astype(np.int64), types
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What an engine returns: `values` float32 [rows, width] (logits, or vectors), and its own time in ms."""
+
+    values: NDArray[np.float32]
+    infer_ms: float
+
+
+def in_batches(order: Sequence[int], lengths: Sequence[int], rows: int, tokens: int) -> Iterable[list[int]]:
+    """Cut `order` (row numbers) into consecutive batches of at most `rows` rows and `tokens` padded tokens.
+
+    A row longer than `tokens` goes alone.
+    """
+    batch: list[int] = []
+    longest = 0
+    for index in order:
+        longest = max(longest, lengths[index])
+        if batch and (len(batch) == rows or longest * (len(batch) + 1) > tokens):
+            yield batch
+            batch, longest = [], lengths[index]
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _types(row: Row) -> NDArray[np.int8]:
+    return np.zeros(len(row), np.int8) if row.type_ids is None else row.type_ids

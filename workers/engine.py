@@ -1,0 +1,72 @@
+"""The thin contract under all backends: load, warm up, run, close.
+
+An engine owns one loaded variant in one process. It holds no queue and knows no HTTP, no Ray, no tokenizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from fettle.errors import UsageError
+from fettle.family import MANIFEST_FILE, check_files, parse_manifest
+from fettle.manifest import Runtime, VariantManifest
+from fettle.rows import Outputs, Rows
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Where and how wide to run. `threads` is the intra-op pool on CPU."""
+
+    device: Device = "cpu"
+    threads: int = 1
+    verify: bool = True
+
+
+class Engine(Protocol):
+    manifest: VariantManifest
+
+    def warm_up(self) -> None:
+        """Run typical shapes once, so that the first request does not pay for allocation and compilation."""
+
+    def run(self, rows: Rows) -> Outputs:
+        """Answer a batch. Not thread-safe: one call at a time.
+
+        Raises:
+            EngineError: the runtime failed on this batch.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory."""
+
+
+def open_engine(directory: Path, options: EngineOptions | None = None) -> Engine:
+    """Verify a variant's files and load it with the runtime that its manifest names.
+
+    Raises:
+        IntegrityError: a file is missing or was changed.
+        UsageError: the device is not there.
+    """
+    options = options or EngineOptions()
+    manifest = parse_manifest(directory / MANIFEST_FILE, VariantManifest)
+    if options.verify:
+        for problem in check_files(directory, manifest.files):
+            raise problem
+    match manifest.runtime:
+        case Runtime.ONNX:
+            from workers.onnx_encoder import OnnxEncoder
+
+            return OnnxEncoder(directory, manifest, options)
+        case Runtime.TORCH:
+            from workers.torch_encoder import TorchEncoder
+
+            return TorchEncoder(directory, manifest, options)
+        case Runtime.FAKE:
+            from workers.fake import FakeEngine
+
+            return FakeEngine(manifest)
+    raise UsageError(f"no engine for runtime {manifest.runtime!r}")
