@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,10 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._started: float | None = None
 
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None
+
     def send(self, request: bytes, started: float | None = None) -> None:
         """Write one request; its latency counts from `started` (now if None), on the clock of `perf_counter`."""
         if self._transport is None or self._started is not None:
@@ -121,9 +126,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError(f"expected a stream transport, got {type(transport).__name__}")
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own class is no subclass of it
         self._on_ready(self)
 
     def data_received(self, data: bytes) -> None:
@@ -136,7 +139,7 @@ class Connection(asyncio.Protocol):
         elif self._transport is not None and not self._transport.is_closing():
             self._on_ready(self)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._transport = None
         if self._started is not None:
             self._answer(self._parser.finish())

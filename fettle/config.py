@@ -111,7 +111,8 @@ class ServeConfig(Settings):
     replicas: ReplicaConfig = ReplicaConfig()
     batch: BatchConfig = BatchConfig()
     limits: LimitConfig = LimitConfig()
-    routers: int = Field(default=1, ge=1)
+    routers: int = Field(default=1, ge=1, description="router replicas; they share nothing")
+    router_cpus: float = Field(default=1.0, ge=0)
     api_keys: list[Annotated[str, StringConstraints(min_length=8)]] = Field(default=[], repr=False)
 
     @model_validator(mode="before")

@@ -152,10 +152,14 @@ class BatchInvariance(Strict):
 
 
 class Measurements(Strict):
+    """`fingerprint` covers what the figures depend on: the variant, the test rows, the hardware, the settings."""
+
+    fingerprint: Sha256
     hardware: Hardware
     quality: Quality
     batching: BatchInvariance
     latency: LatencyTable
+    typical_length: int = Field(ge=1, description="median tokens of a test row")
     peak_memory_bytes: int = Field(ge=0, description="resident memory of a process that runs this variant alone")
     load_seconds: float = Field(ge=0)
     seconds: float = Field(ge=0, description="how long the measuring took")
@@ -179,6 +183,9 @@ class VariantManifest(Strict):
     tokenizer: TokenizerSpec
     task: Task
     files: list[FileRecord]
+    fingerprint: Sha256 | None = Field(
+        default=None, description="over all that the build depended on; a run reuses the variant while it is the same"
+    )
     resources: Resources = Resources()
     measured: Measurements | None = None
 

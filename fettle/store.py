@@ -72,7 +72,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(directory: Path) -> None:
     """Delete what a killed run left unfinished. Call it only while holding the lock."""
-    for path in directory.rglob(f"{TEMPORARY}*"):
+    for path in list(directory.rglob(f"{TEMPORARY}*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

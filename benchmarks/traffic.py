@@ -20,9 +20,8 @@ KINDS: tuple[Kind, ...] = ("openai", "classify", "tei")
 
 def read_texts(path: Path) -> list[str]:
     """The `text` field of every line of a JSONL file, gzipped or not."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
-        return [json.loads(line)["text"] for line in lines]
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line)["text"] for line in content.splitlines()]
 
 
 def shuffled(texts: Sequence[str], seed: int) -> list[str]:

@@ -1,0 +1,115 @@
+"""Infinity (infinity-emb), with its torch engine or with its ONNX engine on an int8 file.
+
+Makes a virtual environment of its own from pins that work together, since Infinity needs an older transformers
+than Fettle; prepares a private copy of the model, since Infinity writes next to the model it loads; and says how
+to start the server. Nothing is fetched but packages.
+
+    python -m benchmarks.peers.infinity --engine int8 --model DIR --port 8000
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+Engine = Literal["torch", "int8"]
+ENGINES: tuple[Engine, ...] = ("torch", "int8")
+PEER_ENV = Path("build/peer-infinity")
+PINS = (
+    "infinity-emb[server,torch,optimum]",
+    "transformers<4.53",
+    "optimum[onnxruntime]<1.25",
+    "sentence-transformers<5",
+    "click<8.2",
+    "typer<0.16",
+    "pyarrow<19",
+    "datasets<4",
+    "onnx",
+)
+OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
+
+
+def make_environment(directory: Path) -> None:
+    """Create the environment unless it is there already; takes minutes and about 2 GB.
+
+    Raises:
+        subprocess.CalledProcessError: venv or pip failed; a half-made environment is removed.
+    """
+    if (directory / "bin/infinity_emb").exists():
+        return
+    try:
+        subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+        subprocess.run([directory / "bin/pip", "install", "--quiet", *PINS], check=True)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def prepare_model(directory: Path, engine: Engine, model: Path) -> Path:
+    """The directory that this engine is to serve: the checkpoint, or only an int8 ONNX file of it."""
+    out = (directory / "models" / f"{model.resolve().name}-{engine}").absolute()
+    if out.exists():
+        return out
+    working = out.with_name(out.name + ".part")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    if engine == "torch":
+        shutil.copytree(model, working, dirs_exist_ok=True)
+    else:
+        script = Path(__file__).with_name("export_int8.py")
+        command = [directory / "bin/python", script, model, working, instructions()]
+        subprocess.run(command, check=True, env={**os.environ, **OFFLINE}, stdout=subprocess.DEVNULL)
+    return working.rename(out)
+
+
+def instructions() -> str:
+    """The widest int8 instructions of this processor, by Optimum's names."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    if "avx512_vnni" in flags:
+        return "avx512_vnni"
+    return "avx512" if "avx512f" in flags else "avx2"
+
+
+def command(directory: Path, engine: Engine, model: Path, port: int) -> list[str]:
+    """The server's command line; `model` is what `prepare_model` returned."""
+    return [
+        str((directory / "bin/infinity_emb").absolute()),
+        "v2",
+        *("--model-id", str(model)),
+        *("--served-model-name", "minilm"),
+        *("--engine", "torch" if engine == "torch" else "optimum"),
+        *("--device", "cpu"),
+        # Left alone, the ONNX engine pools by the first token, whatever the model says.
+        *("--pooling-method", "mean"),
+        *("--host", "127.0.0.1"),
+        *("--port", str(port)),
+        *("--log-level", "warning"),
+    ]
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """Additions to the environment: offline, and caches inside the peer's own directory."""
+    home = str((directory / "home").absolute())
+    return {**OFFLINE, "HF_HOME": home, "INFINITY_HOME": home}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--engine", choices=ENGINES, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="a sentence-transformers directory")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--peer-env", type=Path, default=PEER_ENV)
+    options = parser.parse_args()
+    make_environment(options.peer_env)
+    model = prepare_model(options.peer_env, options.engine, options.model)
+    line = command(options.peer_env, options.engine, model, options.port)
+    os.execvpe(line[0], line, {**os.environ, **environment(options.peer_env)})
+
+
+if __name__ == "__main__":
+    main()

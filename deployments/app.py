@@ -1,0 +1,181 @@
+"""Binds a family to Ray Serve: `build` is what `serve run deployments.app:build family=DIR` and `fettle serve` call.
+
+One deployment for each variant, and the router before them as the ingress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from deployments.api import build_api
+from deployments.batcher import Batcher
+from deployments.router import Router, ServedFamily
+from deployments.variant import ReplicaSlots, Variant
+from fettle import latency, policy
+from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig
+from fettle.errors import UsageError
+from fettle.family import Family
+from fettle.manifest import LatencyTable, VariantManifest
+from fettle.policy import BatchBounds
+from fettle.tokenizer import Tokenizer
+from workers.engine import EngineOptions
+
+# The router's own bound is the predicted work in its queues; Serve must not queue or refuse before it.
+INGRESS_CONCURRENCY = 10_000
+TYPICAL_LENGTH = 64
+
+
+@serve.deployment
+@serve.ingress()
+class RouterIngress:
+    """The router as Serve's ingress. Several replicas share nothing and agree, since they read the same families."""
+
+    def __init__(self, config: ServeConfig, handles: Mapping[str, Mapping[str, DeploymentHandle]]) -> None:
+        families = {}
+        for settings, (name, family) in zip(config.families, named_families(config).items(), strict=True):
+            families[name] = ServedFamily(
+                name=name,
+                family=family,
+                tokenizer=Tokenizer(family.tokenizer_path, family.manifest.tokenizer),
+                batchers={
+                    variant: make_batcher(family.variant(variant), handle, config)
+                    for variant, handle in handles[name].items()
+                },
+                default=settings.default or family.manifest.default,
+            )
+        self._api = build_api(Router(families, config.limits), config.api_keys)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._api
+
+
+def build(args: ServeConfig) -> Application:
+    """The Serve application for a configuration.
+
+    Raises:
+        FamilyError, IntegrityError: a family is missing or damaged.
+        UsageError: a variant that is not there or not measured; two families of one name.
+    """
+    handles = {}
+    for settings, (name, family) in zip(args.families, named_families(args).items(), strict=True):
+        handles[name] = {
+            variant: deployment(name, family, variant, args.replicas) for variant in served_variants(settings, family)
+        }
+    router = RouterIngress.options(  # type: ignore[attr-defined]
+        num_replicas=args.routers,
+        max_ongoing_requests=INGRESS_CONCURRENCY,
+        ray_actor_options={"num_cpus": args.router_cpus},
+    )
+    # Absolute, since Ray's processes have working directories of their own.
+    absolute = [family.model_copy(update={"path": str(Path(family.path).resolve())}) for family in args.families]
+    return router.bind(args.model_copy(update={"families": absolute}), handles)
+
+
+def named_families(config: ServeConfig) -> dict[str, Family]:
+    """The families by the name they are served under.
+
+    Raises:
+        UsageError: two have the same name.
+    """
+    families: dict[str, Family] = {}
+    for settings in config.families:
+        family = Family.open(settings.path)
+        name = settings.name or family.name
+        if name in families:
+            raise UsageError(f"two families are called {name!r}; give one of them another name")
+        families[name] = family
+    return families
+
+
+def served_variants(settings: FamilyConfig, family: Family) -> list[str]:
+    """What the configuration names, or all that is on the measured frontier; the default variant in any case.
+
+    Raises:
+        UsageError: one of them was not measured, so that its costs are unknown.
+    """
+    default = settings.default or family.manifest.default
+    names = settings.variants if settings.variants is not None else _frontier(family)
+    chosen = list(dict.fromkeys([default, *names]))
+    for name in chosen:
+        if family.variant(name).measured is None:
+            raise UsageError(
+                f"variant {name!r} of family {family.name!r} was not measured; run `fettle optimize` again"
+            )
+    return chosen
+
+
+def deployment(name: str, family: Family, variant: str, config: ReplicaConfig) -> Application:
+    """One variant's deployment, with its share of CPU, GPU and memory and Ray's autoscaling."""
+    manifest = family.variant(variant)
+    options = EngineOptions(device=config.device, threads=config.threads)
+    bound: Application = Variant.options(  # type: ignore[attr-defined]
+        name=f"{name}.{variant}",
+        max_ongoing_requests=1 + config.prefetch,
+        ray_actor_options={
+            "num_cpus": replica_cpus(manifest, config),
+            "num_gpus": manifest.resources.gpus if config.gpus is None else config.gpus,
+        },
+        # With a busy replica always holding 1 + prefetch batches, one per replica means: about half busy.
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=config.min_replicas,
+            max_replicas=config.max_replicas,
+            target_ongoing_requests=1.0,
+            upscale_delay_s=2.0,
+            downscale_delay_s=60.0,
+            look_back_period_s=5.0,
+            metrics_interval_s=1.0,
+        ),
+        # A batch that waits for a slot looks again soon: the pause would be idle time of a replica.
+        request_router_config=RequestRouterConfig(initial_backoff_s=0.002, backoff_multiplier=2, max_backoff_s=0.01),
+        health_check_period_s=2.0,
+        graceful_shutdown_timeout_s=20.0,
+    ).bind(str(family.variant_path(variant).resolve()), options)
+    return bound
+
+
+def replica_cpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
+    return manifest.resources.cpus if config.cpus is None else config.cpus
+
+
+def make_batcher(manifest: VariantManifest, handle: DeploymentHandle, config: ServeConfig) -> Batcher:
+    assert manifest.measured is not None
+    table = manifest.measured.latency
+    bounds = config.batch
+    tokens = bounds.max_tokens or latency.best_tokens_per_call(table)
+    return Batcher(
+        slots=ReplicaSlots(handle),
+        cost=RowCosts(table, tokens, manifest.tokenizer.max_length),
+        bounds=BatchBounds(rows=bounds.max_rows, tokens=tokens, max_age_s=bounds.max_age_ms / 1000),
+        max_queue_s=bounds.max_queue_s,
+        routers=config.routers,
+    )
+
+
+class RowCosts:
+    """Predicted milliseconds of one row by length, in a batch that fills the token budget; a table look-up."""
+
+    def __init__(self, table: LatencyTable, tokens: int, max_length: int) -> None:
+        lengths = range(1, max_length + 1)
+        sizes = [max(1, tokens // length) for length in lengths]
+        costs = [latency.estimate_ms(table, size, length) / size for size, length in zip(sizes, lengths, strict=True)]
+        self._by_length = np.array([costs[0], *costs])
+
+    def row_ms(self, length: int) -> float:
+        return float(self._by_length[length])
+
+
+def _frontier(family: Family) -> list[str]:
+    points = {}
+    for name, variant in family.variants.items():
+        if variant.measured is not None:
+            rate = latency.best_rows_per_second(variant.measured.latency, TYPICAL_LENGTH)
+            points[name] = (1 / rate, variant.measured.quality.disagreement)
+    return policy.frontier(points)

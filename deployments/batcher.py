@@ -1,0 +1,287 @@
+"""One variant's queue: reserve a replica slot, then fill it with the rows that go well together.
+
+Knows no Ray and no HTTP: slots come from a `Slots` object. Every row that was taken in leaves exactly once, with
+a result, an error or because its client left. An idle system adds no wait, since a batch is taken the moment a slot
+is free; under load batches grow by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fettle import policy
+from fettle.errors import EngineError, FettleError, OverloadedError, UnavailableError
+from fettle.policy import BatchBounds
+from fettle.rows import Outputs, Row, Rows
+
+logger = logging.getLogger("ray.serve")
+
+MAX_ATTEMPTS = 5
+# From this attempt on a row travels alone: if it is the one that kills replicas, it takes no other row along.
+ALONE_FROM = 3
+REPLICA_MEMORY_S = 30.0
+RESERVE_AGAIN_S = 0.05
+READY_WITHIN_S = 2.0
+
+
+class SlotLostError(Exception):
+    """The replica died or went away before it answered. The rows are intact and can go to another."""
+
+
+class Slot(Protocol):
+    replica: str
+
+    async def run(self, rows: Rows) -> Outputs:
+        """Raises SlotLostError if the replica is gone, EngineError if it failed on these rows."""
+        ...
+
+
+class Slots(Protocol):
+    """Where batches go: each reservation waits for a free place at some replica."""
+
+    def reserve(self) -> AbstractAsyncContextManager[Slot]: ...
+
+
+class CostModel(Protocol):
+    """Predicted milliseconds of one row of `length` tokens in a well-filled batch."""
+
+    def row_ms(self, length: int) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A row's values float32 [width], and where its time went."""
+
+    values: NDArray[np.float32]
+    queue_ms: float
+    infer_ms: float
+    batch_rows: int
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A row in the queue or on its way; `cost_ms` is what the latency table predicts for it."""
+
+    row: Row
+    cost_ms: float
+    arrived: float
+    future: asyncio.Future[Answered]
+    attempts: int = 0
+
+
+@dataclass(slots=True)
+class BatcherStats:
+    """Counters since the start; `batch_tokens` are padded, `row_tokens` are not."""
+
+    rows: int = 0
+    batches: int = 0
+    row_tokens: int = 0
+    batch_tokens: int = 0
+    refused: int = 0
+    withdrawn: int = 0
+    retried: int = 0
+    infer_ms: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Batcher:
+    """See the module. All methods run on one event loop."""
+
+    slots: Slots
+    cost: CostModel
+    bounds: BatchBounds
+    max_queue_s: float
+    routers: int = 1
+    stats: BatcherStats = field(default_factory=BatcherStats)
+    _waiting: dict[int, Ticket] = field(default_factory=dict)
+    _work_ms: float = 0.0
+    _pace: float = 1.0
+    _reserving: bool = False
+    _replicas: dict[str, float] = field(default_factory=dict)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def backlog_s(self) -> float:
+        """Predicted time until all that was admitted is done, by this router's share of the replicas."""
+        return policy.drain_s(self._work_ms, self._pace, self._live_replicas() / self.routers)
+
+    @property
+    def depth(self) -> int:
+        return len(self._waiting)
+
+    def check_room(self) -> None:
+        """Raises OverloadedError if a request would be refused now; cheap enough to ask before tokenizing."""
+        backlog = self.backlog_s
+        if not policy.admits(backlog, self.max_queue_s):
+            self.stats.refused += 1
+            wait = policy.retry_after_s(backlog, self.max_queue_s)
+            raise OverloadedError(
+                f"the queue holds {backlog:.1f} s of work, the limit is {self.max_queue_s:g} s; retry in {wait} s",
+                retry_after_s=wait,
+            )
+
+    async def answer(self, rows: Sequence[Row]) -> list[Answered]:
+        """Queue all rows of one request and wait for their answers, in order.
+
+        If the caller is cancelled, or one row fails, the rows that still wait leave the queue.
+
+        Raises:
+            EngineError: the engine failed on one of the rows.
+            UnavailableError: no replica survived one of them.
+        """
+        tickets = [self._admit(row) for row in rows]
+        self._reserve_next()
+        try:
+            return list(await asyncio.gather(*(ticket.future for ticket in tickets)))
+        finally:
+            for ticket in tickets:
+                self._withdraw(ticket)
+
+    async def is_ready(self) -> bool:
+        """Whether a replica took a batch lately or, in a quiet time, gives a slot within `READY_WITHIN_S`."""
+        if self._replicas and max(self._replicas.values()) > time.monotonic() - READY_WITHIN_S:
+            return True
+        try:
+            async with asyncio.timeout(READY_WITHIN_S), self.slots.reserve():
+                return True
+        except (SlotLostError, TimeoutError):
+            return False
+
+    async def close(self) -> None:
+        """Cancel what is under way; every waiting client gets an UnavailableError."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for ticket in list(self._waiting.values()):
+            self._fail(ticket, UnavailableError("the service is shutting down"))
+        self._waiting.clear()
+
+    def _admit(self, row: Row) -> Ticket:
+        ticket = Ticket(row, self.cost.row_ms(len(row)), time.monotonic(), asyncio.get_running_loop().create_future())
+        self._work_ms += ticket.cost_ms
+        ticket.future.add_done_callback(lambda _: self._settle(ticket))
+        self._waiting[id(ticket)] = ticket
+        return ticket
+
+    def _settle(self, ticket: Ticket) -> None:
+        self._work_ms = max(0.0, self._work_ms - ticket.cost_ms)
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        if self._waiting.pop(id(ticket), None) is not None:
+            self.stats.withdrawn += 1
+        ticket.future.cancel()
+
+    def _reserve_next(self) -> None:
+        """At most one reservation is pending, so that rows stay in the queue, and free to be grouped, till the end."""
+        if self._waiting and not self._reserving:
+            self._reserving = True
+            task = asyncio.get_running_loop().create_task(self._serve_one_batch())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _serve_one_batch(self) -> None:
+        async with AsyncExitStack() as reservation:
+            slot = await self._reserved(reservation)
+            batch = self._take() if slot is not None else []
+            self._reserving = False
+            self._reserve_next()
+            if slot is not None and batch:
+                await self._run(slot, batch)
+        self._reserve_next()
+
+    async def _reserved(self, reservation: AsyncExitStack) -> Slot | None:
+        try:
+            return await reservation.enter_async_context(self.slots.reserve())
+        except SlotLostError as error:
+            # Nothing was taken for it yet; the pause keeps a dead deployment from being asked in a tight loop.
+            logger.warning("no slot could be reserved: %s", error)
+            await asyncio.sleep(RESERVE_AGAIN_S)
+            return None
+
+    def _take(self) -> list[Ticket]:
+        now = time.monotonic()
+        waiting = list(self._waiting.values())
+        alone = next((ticket for ticket in waiting if ticket.attempts >= ALONE_FROM), None)
+        if alone is not None:
+            chosen = [alone]
+        else:
+            lengths = [len(ticket.row) for ticket in waiting]
+            ages = [now - ticket.arrived for ticket in waiting]
+            chosen = [waiting[index] for index in policy.choose_batch(lengths, ages, self.bounds)]
+        for ticket in chosen:
+            del self._waiting[id(ticket)]
+        return chosen
+
+    async def _run(self, slot: Slot, batch: list[Ticket]) -> None:
+        taken = time.monotonic()
+        rows = Rows.of([ticket.row for ticket in batch])
+        self._replicas[slot.replica] = taken
+        try:
+            outputs = await slot.run(rows)
+        except SlotLostError as error:
+            self._replicas.pop(slot.replica, None)
+            logger.warning("replica %s was lost with %d rows: %s", slot.replica, len(batch), error)
+            self._retry(batch, UnavailableError(f"no replica could answer after {MAX_ATTEMPTS} attempts"))
+        except EngineError as error:
+            self._retry_alone(batch, error)
+        else:
+            self._observe(batch, rows, outputs)
+            for index, ticket in enumerate(batch):
+                if not ticket.future.done():
+                    waited = (taken - ticket.arrived) * 1000
+                    ticket.future.set_result(Answered(outputs.values[index], waited, outputs.infer_ms, len(batch)))
+        finally:
+            # Whatever happened above, cancellation and bugs included, nobody waits for an answer that cannot come.
+            for ticket in batch:
+                if id(ticket) not in self._waiting:
+                    self._fail(ticket, FettleError("the batch ended without an answer"))
+
+    def _observe(self, batch: list[Ticket], rows: Rows, outputs: Outputs) -> None:
+        predicted = sum(ticket.cost_ms for ticket in batch)
+        self._pace = policy.corrected_pace(self._pace, predicted, outputs.infer_ms)
+        self.stats.rows += len(batch)
+        self.stats.batches += 1
+        self.stats.row_tokens += rows.tokens
+        self.stats.batch_tokens += rows.longest * len(batch)
+        self.stats.infer_ms += outputs.infer_ms
+
+    def _retry_alone(self, batch: list[Ticket], error: EngineError) -> None:
+        """A batch of one has its answer, an error; of several any one may be at fault, so each tries alone."""
+        if len(batch) == 1:
+            self._fail(batch[0], error)
+            return
+        for ticket in batch:
+            ticket.attempts = max(ticket.attempts, ALONE_FROM)
+        self._retry(batch, error)
+
+    def _retry(self, batch: list[Ticket], error: FettleError) -> None:
+        """Back to the head of the queue, age kept, unless the client has left or the attempts are used up."""
+        back: dict[int, Ticket] = {}
+        for ticket in batch:
+            ticket.attempts += 1
+            if ticket.future.done():
+                continue
+            if ticket.attempts >= MAX_ATTEMPTS:
+                self._fail(ticket, error)
+            else:
+                back[id(ticket)] = ticket
+        self.stats.retried += len(back)
+        self._waiting = {**back, **self._waiting}
+
+    def _fail(self, ticket: Ticket, error: FettleError) -> None:
+        if not ticket.future.done():
+            ticket.future.set_exception(error)
+
+    def _live_replicas(self) -> int:
+        """Replicas that took a batch lately; one if none did."""
+        horizon = time.monotonic() - REPLICA_MEMORY_S
+        return max(1, sum(seen > horizon for seen in self._replicas.values()))

@@ -1,0 +1,162 @@
+"""The HTTP border: reading bodies, keys, errors. Whatever a client sends, the reply has the documented error shape."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from pydantic import TypeAdapter, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.schemas import ErrorReply
+from fettle.errors import AuthError, FettleError, OverloadedError, RequestError, TooLargeError
+
+logger = logging.getLogger("ray.serve")
+
+Model = TypeVar("Model")
+
+OPEN_PATHS = frozenset({"/health"})
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorReply, "description": "the request is not right"},
+    401: {"model": ErrorReply, "description": "no valid API key"},
+    404: {"model": ErrorReply, "description": "no such model"},
+    413: {"model": ErrorReply, "description": "too many inputs, or too long a body"},
+    429: {"model": ErrorReply, "description": "overloaded; `Retry-After` says when to come back"},
+    503: {"model": ErrorReply, "description": "no replica could answer"},
+}
+
+
+def reply(content: object, headers: dict[str, str] | None = None, status: int = 200) -> Response:
+    """JSON by orjson; numpy arrays are written without a detour through Python floats."""
+    data = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(data, status, headers, media_type="application/json")
+
+
+def error_reply(error: FettleError) -> Response:
+    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, OverloadedError) else None
+    if isinstance(error, AuthError):
+        headers = {"www-authenticate": "Bearer"}
+    return reply(error.body(), headers, error.status)
+
+
+class BodyReader(Generic[Model]):
+    """Reads, bounds and validates one kind of body. Also knows how to describe it in the OpenAPI document."""
+
+    def __init__(self, model: Any, max_bytes: int) -> None:
+        self.adapter: TypeAdapter[Model] = TypeAdapter(model)
+        self._max_bytes = max_bytes
+
+    async def __call__(self, request: Request) -> Model:
+        """Raises TooLargeError for a body over the limit, RequestError for all else that is wrong with it."""
+        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
+            raise RequestError(f"content type {kind!r} is not understood; send application/json", param="content-type")
+        body = await self._read(request)
+        try:
+            return self.adapter.validate_json(body)
+        except ValidationError as error:
+            raise _explained(error) from None
+
+    async def _read(self, request: Request) -> bytes:
+        limit = self._max_bytes
+        declared = request.headers.get("content-length", "0")
+        pieces: list[bytes] = []
+        size = int(declared) if declared.isdigit() else 0
+        if size <= limit:
+            size = 0
+            async for piece in request.stream():
+                pieces.append(piece)
+                size += len(piece)
+                if size > limit:
+                    break
+        if size > limit:
+            raise TooLargeError(f"the body is larger than {limit} bytes; send several smaller requests")
+        return b"".join(pieces)
+
+
+def _explained(error: ValidationError) -> RequestError:
+    """One readable line from pydantic's report; of a union's many complaints, the alternatives in words."""
+    problems = error.errors(include_url=False, include_input=False)
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return RequestError(f"the body is not valid JSON: {first['ctx']['error']}")
+    path = [str(part) for part in first["loc"]]
+    field = next((part for part in path if part in ("input", "inputs")), None)
+    if field is not None:
+        empty = any(problem["type"] in ("too_short", "string_too_short") for problem in problems)
+        what = "must not be empty" if empty else "must be a text, a list of texts, or token ids as the API documents"
+        return RequestError(f"{field}: {what}", param=field)
+    # The first parts may name a member of a union of models, which is no field of the client's.
+    where = ".".join(part for part in path if not part.endswith("Request")) or "body"
+    return RequestError(f"{where}: {first['msg']}", param=where)
+
+
+def document(app: FastAPI, readers: Mapping[str, BodyReader[Any]]) -> None:
+    """Complete the OpenAPI document with the bodies, which are read by hand (`readers` by path)."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            bodies, definitions = TypeAdapter.json_schemas(
+                [(path, "validation", reader.adapter) for path, reader in readers.items()],
+                ref_template="#/components/schemas/{model}",
+            )
+            document["components"]["schemas"].update(definitions.get("$defs", {}))
+            for path in readers:
+                content = {"application/json": {"schema": bodies[path, "validation"]}}
+                document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+class KeyGuard:
+    """ASGI middleware: every path but `/health` needs one of the keys as `Authorization: Bearer`, if there are any."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self._expected = [f"Bearer {key}".encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allowed(scope):
+            response = error_reply(AuthError("a valid API key is needed: `Authorization: Bearer KEY`"))
+            await response(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        # Every key is compared, each in constant time, so that neither content nor position leaks.
+        matches = [hmac.compare_digest(given, expected) for expected in self._expected]
+        return any(matches)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every failure in the one documented shape: Fettle's own, Starlette's 404 and 405, and bugs (500, logged)."""
+    app.add_exception_handler(FettleError, _on_fettle_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+async def _on_fettle_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, FettleError)
+    return error_reply(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+    return reply(body, dict(error.headers or {}), error.status_code)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    logger.exception("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
+    return error_reply(FettleError("internal error; the service's log has the details"))

@@ -1,0 +1,202 @@
+"""Request and reply bodies of the HTTP API, in the shapes that OpenAI, vLLM and TEI document.
+
+Unknown request fields are refused: a field that is silently ignored is an answer to another question.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+IdLists = Annotated[list[Ids], Field(min_length=1)]
+Pair = Annotated[list[Text], Field(min_length=1, max_length=2)]
+Inputs = Text | Texts | Ids | IdLists
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class EmbeddingsRequest(Body):
+    """OpenAI's `POST /v1/embeddings`."""
+
+    model: str
+    input: Inputs
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(default=None, ge=1)
+    user: str | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1, description="-1: the model's own limit")
+
+
+class ClassifyRequest(Body):
+    """vLLM's `POST /classify`."""
+
+    model: str | None = None
+    input: Inputs
+    user: str | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+
+
+class EmbedRequest(Body):
+    """TEI's `POST /embed`."""
+
+    inputs: Inputs
+    model: str | None = None
+    normalize: bool = True
+    truncate: bool | None = None
+    truncation_direction: Literal["right", "Right"] = "right"
+    dimensions: int | None = Field(default=None, ge=1)
+
+
+class PredictRequest(Body):
+    """TEI's `POST /predict`: a text, a pair `[a, b]`, or a batch of `[a]` and `[a, b]`."""
+
+    inputs: Text | Pair | Annotated[list[Pair], Field(min_length=1)]
+    model: str | None = None
+    raw_scores: bool = False
+    truncate: bool | None = None
+    truncation_direction: Literal["right", "Right"] = "right"
+
+
+class VllmTokenizeRequest(Body):
+    """vLLM's `POST /tokenize`."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TeiTokenizeRequest(Body):
+    """TEI's `POST /tokenize`."""
+
+    inputs: Text | Texts
+    model: str | None = None
+    add_special_tokens: bool = True
+
+
+TokenizeRequest = VllmTokenizeRequest | TeiTokenizeRequest
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Served(BaseModel):
+    """Who answered and where the time went, in milliseconds; an extension that clients may ignore."""
+
+    family: str
+    variant: str
+    truncated: int = Field(description="inputs that were cut to the model's limit")
+    tokenize_ms: float
+    queue_ms: float
+    infer_ms: float
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsReply(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+    fettle: Served
+
+
+class Classification(BaseModel):
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyReply(BaseModel):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classification]
+    usage: Usage
+    fettle: Served
+
+
+class Score(BaseModel):
+    score: float
+    label: str
+
+
+class TokenizeReply(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class TeiToken(BaseModel):
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["fettle"] = "fettle"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class VariantInfo(BaseModel):
+    id: str
+    runtime: str
+    precision: str
+    default: bool
+    size_bytes: int
+    disagreement: float | None
+    batch_invariant: bool | None
+    queued: int
+    backlog_s: float
+
+
+class FamilyInfo(BaseModel):
+    name: str
+    task: str
+    max_length: int
+    width: int
+    labels: list[str]
+    variants: list[VariantInfo]
+
+
+class Info(BaseModel):
+    version: str
+    families: list[FamilyInfo]
+
+
+class State(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorReply(BaseModel):
+    error: ErrorDetail

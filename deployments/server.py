@@ -1,0 +1,158 @@
+"""`fettle serve`: Ray and Serve started, or joined, with the application on them, until the user stops it.
+
+The only place in the product that sets environment variables, since Ray reads its own when it is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from deployments import fastpath
+from fettle.config import ServeConfig
+from fettle.errors import UnavailableError, UsageError
+from fettle.family import Family
+
+APPLICATION = "fettle"
+# What Ray's own processes, a router and the proxy take beside the replicas.
+RAY_MEMORY_BYTES = 1_500_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Where to listen and which Ray to use. `address` None starts a Ray of its own."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    address: str | None = None
+    fast: bool = True
+    dashboard: bool = True
+    verbose: bool = False
+
+
+@contextmanager
+def running(config: ServeConfig, options: ServerOptions) -> Iterator[str]:
+    """Serve the configuration while the block runs; yields the base URL.
+
+    Raises:
+        UsageError: the port is taken, too little memory.
+        FamilyError, IntegrityError: a family is missing or damaged.
+        UnavailableError: Ray or a deployment did not come up; the message says where its log is.
+    """
+    check_port(options.host, options.port)
+    with tempfile.TemporaryDirectory(prefix="fettle-") as scratch:
+        fast = options.fast and fastpath.available()
+        os.environ.update(fastpath.environment(Path(scratch), fast=fast, cores=usable_cores()))
+        needed = needs(config)
+        check_memory(needed)
+        with _ray(options, needed):
+            _deploy(config, options)
+            yield f"http://{options.host}:{options.port}"
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises UsageError if the port is taken."""
+    if not fastpath.is_free(host, port):
+        raise UsageError(f"port {port} on {host} is in use; choose another with --port")
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """`memory_bytes` of the replicas that start at once, and Ray's `cpus` for all that may ever start."""
+
+    memory_bytes: int
+    cpus: float
+
+
+def needs(config: ServeConfig) -> Needs:
+    """What serving this takes on one machine, by the measurements in the manifests."""
+    from deployments.app import replica_cpus, served_variants
+
+    memory, cpus = RAY_MEMORY_BYTES, config.routers * config.router_cpus
+    for settings in config.families:
+        family = Family.open(settings.path)
+        for name in served_variants(settings, family):
+            manifest = family.variant(name)
+            peak = manifest.measured.peak_memory_bytes if manifest.measured else 0
+            memory += peak * config.replicas.min_replicas
+            cpus += replica_cpus(manifest, config.replicas) * config.replicas.max_replicas
+    return Needs(memory, cpus)
+
+
+def check_memory(needed: Needs) -> None:
+    """Raises UsageError if more is needed than is free."""
+    free = psutil.virtual_memory().available
+    if needed.memory_bytes > free:
+        raise UsageError(
+            f"serving this needs about {needed.memory_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+            "serve fewer variants (--variant) or fewer replicas (--min-replicas)"
+        )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def wait_for_signal() -> None:
+    """Block until SIGINT or SIGTERM."""
+    stop = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _ray(options: ServerOptions, needed: Needs) -> Iterator[None]:
+    import ray
+
+    own = options.address is None
+    try:
+        ray.init(
+            address=options.address or "local",
+            # On one machine Ray's CPUs only count places: there must be one for each replica that may start.
+            num_cpus=max(usable_cores(), math.ceil(needed.cpus)) if own else None,
+            include_dashboard=options.dashboard if own else None,
+            log_to_driver=options.verbose,
+            logging_level=logging.INFO if options.verbose else logging.ERROR,
+            configure_logging=True,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UnavailableError(f"Ray could not be reached or started: {error}") from error
+    try:
+        yield
+    finally:
+        from ray import serve
+
+        if own:
+            serve.shutdown()
+        else:
+            serve.delete(APPLICATION)
+        ray.shutdown()
+
+
+def _deploy(config: ServeConfig, options: ServerOptions) -> None:
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from deployments.app import build
+
+    quiet = None if options.verbose else LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start(http_options={"host": options.host, "port": options.port}, logging_config=quiet)
+    try:
+        serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=quiet)
+    except RuntimeError as error:
+        raise UnavailableError(f"the service did not come up: {error}") from error

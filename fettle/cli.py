@@ -1,0 +1,207 @@
+"""The command `fettle`. Each command is one small function that imports what it needs when it runs.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 could not do it, 2 wrong
+usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fettle import __version__
+from fettle.errors import FettleError, UsageError
+
+if TYPE_CHECKING:
+    from fettle.family import Family
+    from optimize.progress import Progress
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+
+class Commands(TyperGroup):
+    """Turns every foreseen failure of any command into one clear line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            _fail(error.message, WRONG_USAGE)
+        except FettleError as error:
+            _fail(error.message, FAILED)
+        except BrokenPipeError:
+            # `fettle show | head`: the reader has seen enough.
+            raise typer.Exit(FAILED) from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", FAILED)
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED)
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="fettle",
+    help="Make measured, cheaper variants of a transformer, and serve them on Ray behind one router.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+FamilyArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A family, made by `fettle optimize`.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def main() -> None:
+    app(prog_name="fettle")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fettle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def optimize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a directory in Hugging Face format.")],
+    out: Annotated[Path, typer.Option(help="The family's directory; an unfinished one there is completed.")],
+    data: Annotated[Path | None, typer.Option(help="A sample of the traffic; Fettle splits it.")] = None,
+    train: Annotated[Path | None, typer.Option(help="Instead of --data: rows to train on.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Instead of --data: rows to tune on.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Instead of --data: rows for certificates.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Instead of --data: rows that figures are reported on.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="The column with the text.  [default: text]")] = None,
+    pair_column: Annotated[str | None, typer.Option(help="The column with the second text of a pair.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="The column with the label.  [default: label]")] = None,
+    task: Annotated[str | None, typer.Option(help="classify or embed; read from the model by default.")] = None,
+    name: Annotated[str | None, typer.Option(help="The family's name; the model's last path part by default.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Build only this variant; may be repeated.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of one engine, as it will be served.")] = 1,
+    max_rows: Annotated[int, typer.Option(help="Rows of test that quality is measured on, at most.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Decides the split of --data and the choice of rows.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a family of measured variants of a model.
+
+    Data are JSONL (also .gz), CSV or Parquet, with a text on each row and, if you have them, labels.
+    A run that was interrupted goes on where it stopped when you give the same command again.
+
+    Example: `fettle optimize ./my-classifier --data texts.jsonl --out ./family`
+    """
+    given = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
+    config = _optimize_config(
+        model=model,
+        out=out,
+        files={
+            **{"data": data, "train": train, "validation": validation, "calibration": calibration, "test": test},
+            # Only what was given: a column that the user named must exist.
+            **{key: value for key, value in given.items() if value is not None},
+        },
+        task=task,
+        name=name,
+        recipes=recipe or None,
+        threads=threads,
+        max_rows=max_rows,
+        seed=seed,
+    )
+    progress = _progress()
+    from optimize.pipeline import run
+
+    try:
+        family = run(config, progress)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from here", INTERRUPTED)
+    _print_family(family, as_json)
+    if not as_json:
+        typer.echo(f"\nThe family is in {out}. Serve it with: fettle serve {out}", err=True)
+
+
+@app.command()
+def show(directory: FamilyArgument, as_json: JsonOption = False) -> None:
+    """Show a family's variants: size, speed, and how faithful each is to the original.
+
+    Example: `fettle show ./family`
+    """
+    from fettle.family import Family
+
+    _print_family(Family.open(directory), as_json)
+
+
+@app.command()
+def verify(directory: FamilyArgument, as_json: JsonOption = False) -> None:
+    """Recompute every hash of a family; exit with 1 and the file's name if one differs.
+
+    Example: `fettle verify ./family`
+    """
+    from fettle.family import Family
+
+    try:
+        problems = [error.message for error in Family.open(directory).verify()]
+    except FettleError as error:
+        problems = [error.message]
+    if as_json:
+        _print_json({"intact": not problems, "problems": problems})
+    elif not problems:
+        typer.echo(f"{directory}: intact")
+    else:
+        for problem in problems:
+            typer.echo(f"error: {problem}", err=True)
+    if problems:
+        raise typer.Exit(FAILED)
+
+
+def _optimize_config(**values: Any) -> Any:
+    from pydantic import ValidationError
+
+    from fettle.config import OptimizeConfig
+    from fettle.family import describe_validation
+
+    try:
+        return OptimizeConfig.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(describe_validation(error)) from None
+
+
+def _progress() -> Progress:
+    from optimize.progress import Progress
+
+    return Progress()
+
+
+def _print_family(family: Family, as_json: bool) -> None:
+    from fettle import display
+
+    if as_json:
+        _print_json(display.as_json(family))
+    else:
+        display.print_table(family)
+
+
+def _print_json(value: Any) -> None:
+    import orjson
+
+    sys.stdout.write(orjson.dumps(value).decode() + "\n")
+
+
+def _fail(message: str, status: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What a call costs, read from a measured latency table. Pure functions; the batcher and the planner use them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from fettle.manifest import LatencyCell, LatencyTable
+
+NEARLY_BEST = 0.95
+
+
+def estimate_ms(table: LatencyTable, batch: int, length: int) -> float:
+    """Milliseconds of one call of `batch` rows padded to `length` tokens.
+
+    Exact at the measured cells, bilinear between them, in proportion to the tokens beyond them. Below the smallest
+    cell its own time is returned, since the fixed cost of a call does not shrink.
+    """
+    rows: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for cell in table.cells:
+        rows[cell.batch].append((cell.length, cell.median_ms))
+    # Large batches of long rows may not have been measured: each batch size is extended on its own first.
+    return _interpolate(sorted((size, _interpolate(sorted(points), length)) for size, points in rows.items()), batch)
+
+
+def tokens_per_second(cell: LatencyCell) -> float:
+    return cell.batch * cell.length / cell.median_ms * 1000
+
+
+def best_tokens_per_call(table: LatencyTable) -> int:
+    """The smallest padded size of a batch (rows x tokens) with at least 95 % of the best measured tokens a second."""
+    best = max(tokens_per_second(cell) for cell in table.cells)
+    return min(cell.batch * cell.length for cell in table.cells if tokens_per_second(cell) >= NEARLY_BEST * best)
+
+
+def best_rows_per_second(table: LatencyTable, length: int) -> float:
+    """Rows a second at `length` tokens, in the measured batch size that suits it best."""
+    return max(1000 * batch / estimate_ms(table, batch, length) for batch in {cell.batch for cell in table.cells})
+
+
+def _interpolate(points: list[tuple[int, float]], at: int) -> float:
+    """Through sorted `(x, y)`: constant before the first, linear between, proportional to x after the last."""
+    first, last = points[0], points[-1]
+    if at <= first[0]:
+        return first[1]
+    if at >= last[0]:
+        return last[1] * at / last[0]
+    right = next(index for index, (x, _) in enumerate(points) if x >= at)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)

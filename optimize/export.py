@@ -1,0 +1,137 @@
+"""The reference as an ONNX graph with dynamic batch and length, checked against torch on the user's own texts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from fettle.errors import PassError
+from fettle.manifest import TokenizerSpec
+from fettle.rows import Rows
+from optimize.load import Reference
+from workers.onnx_encoder import session_options
+
+# From 23 on, ONNX has attention as one operator, and the exporter uses it.
+OPSET = 23
+TOLERANCE = 1e-4
+Arrays = dict[str, NDArray[np.int64]]
+Floats = NDArray[np.float32]
+
+
+def export_onnx(reference: Reference, path: Path, sample: Rows) -> dict[str, JsonValue]:
+    """Write `path`, one file unless it exceeds 2 GB.
+
+    Inputs are int64 [batch, length]: input_ids, attention_mask, and token_type_ids where the model reads them. The
+    output `values` is float32 [batch, width].
+
+    Raises:
+        PassError: the exporter failed, or the graph's answers on `sample` differ from torch's by more than
+            `TOLERANCE` (absolute, or relative to the largest value where that exceeds 1).
+    """
+    try:
+        with quiet():
+            _trace(reference, path)
+    except Exception as error:
+        # The exporter raises whatever the model's code happens to raise under tracing.
+        raise PassError(f"torch.onnx.export failed on {reference.source.architecture}: {_line(error)}") from error
+    onnx.checker.check_model(str(path))
+    difference = _check_against_torch(reference, path, sample)
+    return {"opset": OPSET, "max_difference": difference, "tolerance": TOLERANCE}
+
+
+def _trace(reference: Reference, path: Path) -> None:
+    names = input_names(reference.tokenizer)
+    # Sizes of 0 and 1 would be baked into the graph; 3 and 7 stand for any.
+    ids = torch.full((3, 7), min(5, reference.tokenizer.vocabulary - 1))
+    example = (ids, torch.ones_like(ids), torch.zeros_like(ids))[: len(names)]
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    program = torch.onnx.export(
+        reference.model,
+        example,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=names,
+        output_names=["values"],
+        dynamic_shapes={name: axes for name in names},
+        verbose=False,
+    )
+    assert program is not None
+    program.save(str(path), external_data=False)
+
+
+def input_names(spec: TokenizerSpec) -> list[str]:
+    return ["input_ids", "attention_mask"] + (["token_type_ids"] if spec.segments else [])
+
+
+def check_batches(sample: Rows, spec: TokenizerSpec) -> list[Arrays]:
+    """Graph inputs in the shapes that go wrong most easily: one row, two tokens, unequal lengths, everything."""
+    starts = np.concatenate([[0], np.cumsum(sample.lengths)])
+    one = _cut(sample, starts, 0, 1)
+    first = Rows(one.ids[:2], np.array([min(2, one.tokens)], np.int32))
+    parts = [one, first, _cut(sample, starts, 0, min(3, len(sample))), sample]
+    return [dict(zip(input_names(spec), part.padded(spec.pad_id), strict=False)) for part in parts]
+
+
+def _cut(rows: Rows, starts: NDArray[np.int64], first: int, last: int) -> Rows:
+    inside = slice(starts[first], starts[last])
+    types = None if rows.type_ids is None else rows.type_ids[inside]
+    return Rows(rows.ids[inside], rows.lengths[first:last], types)
+
+
+def run_graph(path: Path, batches: list[Arrays]) -> list[Floats]:
+    session = ort.InferenceSession(str(path), session_options(1), providers=["CPUExecutionProvider"])
+    return [session.run(["values"], batch)[0] for batch in batches]
+
+
+def largest_difference(values: list[Floats], expected: list[Floats]) -> float:
+    """Largest absolute difference, in units of the largest expected value where that exceeds 1. NaN is infinite."""
+    worst = 0.0
+    for ours, theirs in zip(values, expected, strict=True):
+        difference = float(np.abs(ours - theirs).max() / max(1.0, float(np.abs(theirs).max())))
+        worst = max(worst, difference if np.isfinite(difference) else np.inf)
+    return worst
+
+
+def _check_against_torch(reference: Reference, path: Path, sample: Rows) -> float:
+    batches = check_batches(sample, reference.tokenizer)
+    with torch.inference_mode():
+        expected = [
+            reference.model(*(torch.from_numpy(array) for array in batch.values())).numpy() for batch in batches
+        ]
+    try:
+        difference = largest_difference(run_graph(path, batches), expected)
+    except Exception as error:
+        raise PassError(f"ONNX Runtime does not run the exported graph: {_line(error)}") from error
+    if difference > TOLERANCE:
+        raise PassError(
+            f"the exported graph's values differ from torch's by {difference:.2g}, more than the tolerance {TOLERANCE:g}"
+        )
+    return difference
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's and the quantizer's chatter from the user: warnings, logging and prints."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,68 @@
+"""Where the measuring happens: processor, usable cores, memory, accelerator and library versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from fettle import __version__
+from fettle.manifest import Hardware
+
+# The names under which a distribution may be installed.
+LIBRARIES = {
+    "torch": ("torch",),
+    "transformers": ("transformers",),
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+    "onnx": ("onnx",),
+    "numpy": ("numpy",),
+}
+
+
+def describe() -> Hardware:
+    return Hardware(
+        processor=_processor(),
+        cores=usable_cores(),
+        memory_bytes=psutil.virtual_memory().total,
+        accelerator=_accelerator(),
+        versions={"fettle": __version__, "python": platform.python_version(), **_versions()},
+    )
+
+
+def usable_cores() -> int:
+    """Those that the scheduler lets this process run on, which containers and `taskset` make fewer."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), "") or platform.processor() or platform.machine() or "unknown"
+
+
+def _accelerator() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def _versions() -> dict[str, str]:
+    found = {name: _first_version(names) for name, names in LIBRARIES.items()}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def _first_version(distributions: tuple[str, ...]) -> str | None:
+    for name in distributions:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None

@@ -1,0 +1,230 @@
+"""Measure a variant on the engine that will serve it: quality against the reference, batch invariance, latency, memory.
+
+The variant runs in a process of its own (`optimize.trial`); what came out is compared here. Quality is the worst
+over the batchings that were tried: each row alone, and in mixed batches with their padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fettle.answers import Floats, cosine, disagreements, loss_in_words
+from fettle.errors import PassError
+from fettle.manifest import (
+    BatchInvariance,
+    Hardware,
+    Head,
+    LatencyTable,
+    Measurements,
+    Quality,
+    Task,
+    TaskKind,
+)
+from fettle.rows import Row, Rows
+from optimize.data import Targets
+from optimize.trial import (
+    OUTPUTS_FILE,
+    REQUEST_FILE,
+    RESULT_FILE,
+    ROWS_FILE,
+    TrialRequest,
+    TrialResult,
+    save_rows,
+)
+
+if TYPE_CHECKING:
+    from optimize.load import Reference
+
+ALONE_ROWS = 500
+MIXED_BATCH = 32
+BATCHES = [1, 4, 8, 16, 32]
+SHORTEST = 16
+LATENCY_SECONDS = 15.0
+# Of the largest output value. Float32 kernels differ by 1e-6 or so between batch shapes; bfloat16 by 1e-2.
+INVARIANCE_TOLERANCE = 1e-4
+
+Report = Callable[[float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """What every variant is tried on: the rows, the reference's values [rows, width], and labels if there are any."""
+
+    task: Task
+    rows: list[Row]
+    reference: Floats
+    targets: Targets | None
+    threads: int
+    hardware: Hardware
+
+
+def reference_values(reference: Reference, rows: list[Row], report: Report) -> Floats:
+    """What the reference, in torch and float32, answers: float32 [rows, width]."""
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    values = np.zeros((len(rows), reference.task.width), np.float32)
+    for start in range(0, len(order), MIXED_BATCH):
+        chosen = order[start : start + MIXED_BATCH]
+        arrays = Rows.of([rows[index] for index in chosen]).padded(reference.tokenizer.pad_id)
+        inputs = [torch.from_numpy(array) for array in arrays[: 3 if reference.tokenizer.segments else 2]]
+        with torch.inference_mode():
+            values[chosen] = reference.model(*inputs).numpy()
+        report((start + len(chosen)) / len(order))
+    return values
+
+
+def measure(directory: Path, exam: Exam, fingerprint: str, report: Report) -> Measurements:
+    """Try the variant in `directory`.
+
+    Raises:
+        PassError: its process failed or crashed, or its values are not finite.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        request = TrialRequest(
+            variant=directory.resolve(),
+            device="cpu",
+            threads=exam.threads,
+            alone=min(ALONE_ROWS, len(exam.rows)),
+            batch=min(MIXED_BATCH, len(exam.rows)),
+            batches=BATCHES,
+            lengths=timed_lengths(max(len(row) for row in exam.rows)),
+            latency_seconds=LATENCY_SECONDS,
+        )
+        (folder / REQUEST_FILE).write_text(request.model_dump_json())
+        save_rows(folder / ROWS_FILE, exam.rows)
+        _run_child(folder, report)
+        result = TrialResult.model_validate_json((folder / RESULT_FILE).read_bytes())
+        with np.load(folder / OUTPUTS_FILE) as outputs:
+            alone, mixed = outputs["alone"], outputs["mixed"]
+    return Measurements(
+        fingerprint=fingerprint,
+        hardware=exam.hardware,
+        quality=quality(alone, mixed, exam.reference, exam.targets, exam.task),
+        batching=batch_invariance(alone, mixed, exam.task, request.batch),
+        latency=LatencyTable(device=request.device, threads=exam.threads, cells=result.cells),
+        typical_length=int(np.median([len(row) for row in exam.rows])),
+        peak_memory_bytes=result.peak_memory_bytes,
+        load_seconds=result.load_seconds,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def timed_lengths(longest: int) -> list[int]:
+    """16, 32, 64 and so on below the longest row, and that row's own length."""
+    lengths = [SHORTEST]
+    while lengths[-1] * 2 < longest:
+        lengths.append(lengths[-1] * 2)
+    return sorted({min(length, longest) for length in lengths} | {longest})
+
+
+def quality(alone: Floats, mixed: Floats, reference: Floats, targets: Targets | None, task: Task) -> Quality:
+    """Compare values [rows, width] with the reference's; `alone` may cover only the first rows.
+
+    Raises:
+        PassError: a value is not finite.
+    """
+    broken = int((~np.isfinite(mixed).all(axis=1)).sum()) + int((~np.isfinite(alone).all(axis=1)).sum())
+    if broken:
+        raise PassError(f"{broken} of {len(mixed) + len(alone)} answers are not finite numbers")
+    tried = [(alone, reference[: len(alone)]), (mixed, reference)]
+    name, score = task_metric(mixed, targets, task)
+    return Quality(
+        rows=len(mixed),
+        disagreement=max(float(disagreements(values, truth, task).mean()) for values, truth in tried),
+        loss=loss_in_words(task),
+        max_difference=max(float(np.abs(values - truth).max()) for values, truth in tried),
+        mean_cosine=float(cosine(mixed, reference).mean()) if task.kind is TaskKind.EMBED else None,
+        metric_name=name,
+        metric=score,
+        reference_metric=task_metric(reference, targets, task)[1],
+    )
+
+
+def batch_invariance(alone: Floats, mixed: Floats, task: Task, batch: int) -> BatchInvariance:
+    """Compare the same rows' values [rows, width] alone and in mixed batches."""
+    same = mixed[: len(alone)]
+    difference = float(np.abs(alone - same).max())
+    tolerance = max(INVARIANCE_TOLERANCE * float(np.abs(mixed).max()), np.finfo(np.float32).tiny)
+    return BatchInvariance(
+        rows=len(alone),
+        batch=batch,
+        changed=float(disagreements(alone, same, task).mean()),
+        max_difference=difference,
+        tolerance=float(tolerance),
+        invariant=difference <= tolerance,
+    )
+
+
+def task_metric(values: Floats, targets: Targets | None, task: Task) -> tuple[str | None, float | None]:
+    """The task's own figure on the labelled rows: accuracy, micro-F1 or Spearman's correlation; None without any."""
+    if targets is None or task.kind is TaskKind.EMBED or not targets.known.any():
+        return None, None
+    answers, truth = values[targets.known], targets.values
+    match task.head:
+        case Head.MULTI_LABEL:
+            return "micro-F1", _micro_f1(answers > 0, truth)
+        case Head.REGRESSION:
+            return _spearman(answers[:, 0], truth)
+        case _:
+            return "accuracy", float((answers.argmax(axis=1) == truth).mean())
+
+
+def _micro_f1(answers: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
+    right = int((answers & truth).sum())
+    wrong = int((answers ^ truth).sum())
+    return 2 * right / (2 * right + wrong) if right + wrong else 1.0
+
+
+def _spearman(answers: Floats, truth: NDArray[Any]) -> tuple[str | None, float | None]:
+    from scipy.stats import spearmanr
+
+    # Undefined where either side is constant.
+    if len(truth) < 2 or np.ptp(answers) == 0 or np.ptp(truth) == 0:
+        return None, None
+    return "Spearman correlation", float(spearmanr(answers, truth).statistic)
+
+
+def _run_child(folder: Path, report: Report) -> None:
+    errors = folder / "errors.txt"
+    with errors.open("wb") as stream:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "optimize.trial", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            text=True,
+        )
+        try:
+            for line in child.stdout or ():
+                # A runtime may print what it likes between our numbers.
+                with contextlib.suppress(ValueError):
+                    report(float(line))
+            status = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+    if status != 0:
+        raise PassError(_why(status, errors.read_text(errors="replace")))
+
+
+def _why(status: int, errors: str) -> str:
+    lines = [line for line in errors.splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else "it said nothing"
+    if status < 0:
+        return f"its process was killed by {signal.Signals(-status).name} ({last})"
+    return f"its process ended with status {status} ({last})"

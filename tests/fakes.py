@@ -1,0 +1,182 @@
+"""Valid families without a model: fake engines behind real manifests, hashes and a real tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+
+from fettle import __version__
+from fettle.family import (
+    FAMILY_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    Family,
+    record_files,
+    variant_directory,
+    write_manifest,
+)
+from fettle.manifest import (
+    BatchInvariance,
+    DataSplit,
+    FamilyManifest,
+    Hardware,
+    Head,
+    LatencyCell,
+    LatencyTable,
+    Measurements,
+    PassRecord,
+    Precision,
+    Quality,
+    Runtime,
+    Source,
+    Task,
+    TaskKind,
+    TokenizerSpec,
+    VariantEntry,
+    VariantManifest,
+)
+from fettle.store import sha256_bytes
+
+PAD, UNKNOWN, CLS, SEP = 0, 1, 2, 3
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+# Word n has the token id n + 4; "poison" and "crash" are handy for engines that fail on a token.
+WORDS = ["the", "quick", "brown", "fox", "poison", "crash", *(f"word{n}" for n in range(250))]
+HARDWARE = Hardware(processor="fake", cores=1, memory_bytes=1 << 30)
+
+
+@dataclass(frozen=True)
+class FakeVariant:
+    id: str = "fake"
+    ms_per_call: float = 0.0
+    ms_per_token: float = 0.0
+    fail_on_token: int | None = None
+    exit_on_token: int | None = None
+    disagreement: float = 0.0
+    invariant: bool = True
+
+
+def token_id(word: str) -> int:
+    return WORDS.index(word) + len(SPECIAL)
+
+
+def classify_task(labels: Sequence[str] = ("red", "green", "blue")) -> Task:
+    return Task(kind=TaskKind.CLASSIFY, head=Head.SINGLE_LABEL, labels=list(labels), width=len(labels))
+
+
+def embed_task(width: int = 8) -> Task:
+    return Task(kind=TaskKind.EMBED, width=width, pooling="mean", normalized=True)
+
+
+def tokenizer_json() -> bytes:
+    """A word-level tokenizer that adds [CLS] and [SEP] and knows pairs."""
+    fast = FastTokenizer(
+        WordLevel({word: index for index, word in enumerate([*SPECIAL, *WORDS])}, unk_token=SPECIAL[UNKNOWN])
+    )
+    fast.pre_tokenizer = Whitespace()
+    fast.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
+    )
+    return fast.to_str().encode()
+
+
+def tokenizer_spec(max_length: int = 64) -> TokenizerSpec:
+    return TokenizerSpec(max_length=max_length, vocabulary=len(SPECIAL) + len(WORDS), pad_id=PAD, segments=True)
+
+
+def make_fake_family(
+    directory: Path,
+    *,
+    name: str = "fake",
+    task: Task | None = None,
+    variants: Sequence[FakeVariant] = (FakeVariant(),),
+    default: str | None = None,
+    max_length: int = 64,
+) -> Family:
+    """Write a family of fake variants into `directory` and open it. The first variant is the reference."""
+    task = task or classify_task()
+    spec = tokenizer_spec(max_length)
+    (directory / "tokenizer").mkdir(parents=True)
+    (directory / TOKENIZER_FILE).write_bytes(tokenizer_json())
+    entries = [_write_variant(directory, variant, task, spec) for variant in variants]
+    manifest = FamilyManifest(
+        fettle_version=__version__,
+        name=name,
+        source=Source(name=name, architecture="Fake", sha256=sha256_bytes(name.encode())),
+        task=task,
+        tokenizer=spec,
+        tokenizer_files=[
+            record.model_copy(update={"path": f"tokenizer/{record.path}"})
+            for record in record_files(directory / "tokenizer")
+        ],
+        reference=variants[0].id,
+        default=default or variants[0].id,
+        data={"test": DataSplit(rows=100, sha256=sha256_bytes(b"test"), labelled=False)},
+        hardware=HARDWARE,
+        variants=entries,
+    )
+    write_manifest(directory / FAMILY_FILE, manifest)
+    return Family.open(directory)
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Overwrite top-level keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def latency_table(variant: FakeVariant, max_length: int = 64) -> LatencyTable:
+    def cell(batch: int, length: int) -> LatencyCell:
+        ms = max(0.01, variant.ms_per_call + variant.ms_per_token * batch * length)
+        return LatencyCell(batch=batch, length=length, median_ms=ms, p95_ms=ms * 1.1)
+
+    lengths = [length for length in (16, 32, 64, 128) if length <= max_length] or [max_length]
+    return LatencyTable(
+        device="cpu", threads=1, cells=[cell(batch, length) for batch in (1, 4, 8, 16, 32) for length in lengths]
+    )
+
+
+def _write_variant(directory: Path, variant: FakeVariant, task: Task, spec: TokenizerSpec) -> VariantEntry:
+    folder = variant_directory(directory, variant.id)
+    folder.mkdir(parents=True)
+    (folder / "weights.bin").write_bytes(variant.id.encode() * 100)
+    parameters = {
+        "ms_per_call": variant.ms_per_call,
+        "ms_per_token": variant.ms_per_token,
+        "fail_on_token": variant.fail_on_token,
+        "exit_on_token": variant.exit_on_token,
+    }
+    manifest = VariantManifest(
+        id=variant.id,
+        runtime=Runtime.FAKE,
+        precision=Precision.FP32,
+        recipe=[PassRecord(name="fake", parameters=parameters, seconds=0)],
+        tokenizer=spec,
+        task=task,
+        files=record_files(folder),
+        measured=_measured(variant, spec.max_length),
+    )
+    return VariantEntry(id=variant.id, manifest_sha256=write_manifest(folder / MANIFEST_FILE, manifest))
+
+
+def _measured(variant: FakeVariant, max_length: int) -> Measurements:
+    return Measurements(
+        fingerprint=sha256_bytes(variant.id.encode()),
+        hardware=HARDWARE,
+        quality=Quality(rows=100, disagreement=variant.disagreement, loss="another label first", max_difference=0.0),
+        batching=BatchInvariance(
+            rows=100, batch=32, changed=0.0, max_difference=0.0, tolerance=1e-4, invariant=variant.invariant
+        ),
+        latency=latency_table(variant, max_length),
+        typical_length=min(16, max_length),
+        peak_memory_bytes=100 << 20,
+        load_seconds=0.01,
+        seconds=1.0,
+    )
