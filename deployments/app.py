@@ -31,6 +31,8 @@ from workers.engine import EngineOptions
 # The router's own bound is the predicted work in its queues; Serve must not queue or refuse before it.
 INGRESS_CONCURRENCY = 10_000
 TYPICAL_LENGTH = 64
+# What a batch costs beside the engine's own time: reservation, transport and replies, on both sides.
+CALL_MS = 3.0
 
 
 @serve.deployment
@@ -121,7 +123,7 @@ def deployment(name: str, family: Family, variant: str, config: ReplicaConfig) -
         max_ongoing_requests=1 + config.prefetch,
         ray_actor_options={
             "num_cpus": replica_cpus(manifest, config),
-            "num_gpus": manifest.resources.gpus if config.gpus is None else config.gpus,
+            "num_gpus": replica_gpus(manifest, config),
         },
         # With a busy replica always holding 1 + prefetch batches, one per replica means: about half busy.
         autoscaling_config=AutoscalingConfig(
@@ -130,8 +132,7 @@ def deployment(name: str, family: Family, variant: str, config: ReplicaConfig) -
             target_ongoing_requests=1.0,
             upscale_delay_s=2.0,
             downscale_delay_s=60.0,
-            look_back_period_s=5.0,
-            metrics_interval_s=1.0,
+            look_back_period_s=15.0,
         ),
         # A batch that waits for a slot looks again soon: the pause would be idle time of a replica.
         request_router_config=RequestRouterConfig(initial_backoff_s=0.002, backoff_multiplier=2, max_backoff_s=0.01),
@@ -145,11 +146,18 @@ def replica_cpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
     return manifest.resources.cpus if config.cpus is None else config.cpus
 
 
+def replica_gpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
+    """On CUDA a whole GPU unless something else was said: Ray hides the GPUs from a replica that asks for none."""
+    if config.gpus is not None:
+        return config.gpus
+    return manifest.resources.gpus or float(config.device == "cuda")
+
+
 def make_batcher(manifest: VariantManifest, handle: DeploymentHandle, config: ServeConfig) -> Batcher:
     assert manifest.measured is not None
     table = manifest.measured.latency
     bounds = config.batch
-    tokens = bounds.max_tokens or latency.best_tokens_per_call(table)
+    tokens = bounds.max_tokens or latency.best_tokens_per_call(table, CALL_MS)
     return Batcher(
         slots=ReplicaSlots(handle),
         cost=RowCosts(table, tokens, manifest.tokenizer.max_length),

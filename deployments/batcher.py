@@ -25,9 +25,10 @@ from fettle.rows import Outputs, Row, Rows
 
 logger = logging.getLogger("ray.serve")
 
-MAX_ATTEMPTS = 5
-# From this attempt on a row travels alone: if it is the one that kills replicas, it takes no other row along.
-ALONE_FROM = 3
+MAX_LOSSES = 5
+# A row lost this often may be the one that kills replicas. It then travels alone, and nothing else is under way
+# meanwhile, since a batch that waits at the same replica would be lost with it.
+SUSPECT_FROM = 3
 REPLICA_MEMORY_S = 30.0
 RESERVE_AGAIN_S = 0.05
 READY_WITHIN_S = 2.0
@@ -75,7 +76,12 @@ class Ticket:
     cost_ms: float
     arrived: float
     future: asyncio.Future[Answered]
-    attempts: int = 0
+    losses: int = 0
+    alone: bool = False
+
+    @property
+    def suspect(self) -> bool:
+        return self.losses >= SUSPECT_FROM
 
 
 @dataclass(slots=True)
@@ -106,6 +112,7 @@ class Batcher:
     _work_ms: float = 0.0
     _pace: float = 1.0
     _reserving: bool = False
+    _under_way: list[list[Ticket]] = field(default_factory=list)
     _replicas: dict[str, float] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -182,43 +189,63 @@ class Batcher:
 
     def _reserve_next(self) -> None:
         """At most one reservation is pending, so that rows stay in the queue, and free to be grouped, till the end."""
-        if self._waiting and not self._reserving:
+        if self._waiting and not self._reserving and not self._must_wait():
             self._reserving = True
             task = asyncio.get_running_loop().create_task(self._serve_one_batch())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _must_wait(self) -> bool:
+        """Whether a suspect row is under way, or waits until nothing is."""
+        if not self._under_way:
+            return False
+        return any(batch[0].suspect for batch in self._under_way) or any(
+            ticket.suspect for ticket in self._waiting.values()
+        )
+
     async def _serve_one_batch(self) -> None:
-        async with AsyncExitStack() as reservation:
-            slot = await self._reserved(reservation)
-            batch = self._take() if slot is not None else []
-            self._reserving = False
-            self._reserve_next()
-            if slot is not None and batch:
-                await self._run(slot, batch)
+        try:
+            async with AsyncExitStack() as reservation:
+                slot = await self._reserved(reservation)
+                self._reserving = False
+                batch = self._take() if slot is not None else []
+                self._reserve_next()
+                if slot is not None and batch:
+                    await self._run(slot, batch)
+        except SlotLostError as error:
+            logger.warning("a slot was lost as it was given back: %s", error)
+        except Exception:
+            # Its rows have their error already; those that wait must still be served.
+            logger.exception("unexpected error while serving a batch")
         self._reserve_next()
 
     async def _reserved(self, reservation: AsyncExitStack) -> Slot | None:
         try:
             return await reservation.enter_async_context(self.slots.reserve())
-        except SlotLostError as error:
-            # Nothing was taken for it yet; the pause keeps a dead deployment from being asked in a tight loop.
-            logger.warning("no slot could be reserved: %s", error)
+        except Exception as error:
+            # Whatever it is, nothing was taken for it yet and the rows still wait for a slot; the pause keeps a dead
+            # deployment from being asked in a tight loop.
+            logger.warning("no slot could be reserved: %r", error, exc_info=not isinstance(error, SlotLostError))
             await asyncio.sleep(RESERVE_AGAIN_S)
             return None
 
     def _take(self) -> list[Ticket]:
+        if self._must_wait():
+            return []
         now = time.monotonic()
-        waiting = list(self._waiting.values())
-        alone = next((ticket for ticket in waiting if ticket.attempts >= ALONE_FROM), None)
-        if alone is not None:
-            chosen = [alone]
+        # A client that has just gone is still listed until its own task has run.
+        waiting = [ticket for ticket in self._waiting.values() if not ticket.future.done()]
+        single = next((ticket for ticket in waiting if ticket.suspect or ticket.alone), None)
+        if single is not None:
+            chosen = [single]
         else:
             lengths = [len(ticket.row) for ticket in waiting]
             ages = [now - ticket.arrived for ticket in waiting]
             chosen = [waiting[index] for index in policy.choose_batch(lengths, ages, self.bounds)]
         for ticket in chosen:
             del self._waiting[id(ticket)]
+        if chosen:
+            self._under_way.append(chosen)
         return chosen
 
     async def _run(self, slot: Slot, batch: list[Ticket]) -> None:
@@ -230,9 +257,9 @@ class Batcher:
         except SlotLostError as error:
             self._replicas.pop(slot.replica, None)
             logger.warning("replica %s was lost with %d rows: %s", slot.replica, len(batch), error)
-            self._retry(batch, UnavailableError(f"no replica could answer after {MAX_ATTEMPTS} attempts"))
+            self._lose(batch)
         except EngineError as error:
-            self._retry_alone(batch, error)
+            self._refuse(batch, error)
         else:
             self._observe(batch, rows, outputs)
             for index, ticket in enumerate(batch):
@@ -240,6 +267,7 @@ class Batcher:
                     waited = (taken - ticket.arrived) * 1000
                     ticket.future.set_result(Answered(outputs.values[index], waited, outputs.infer_ms, len(batch)))
         finally:
+            self._under_way.remove(batch)
             # Whatever happened above, cancellation and bugs included, nobody waits for an answer that cannot come.
             for ticket in batch:
                 if id(ticket) not in self._waiting:
@@ -254,26 +282,24 @@ class Batcher:
         self.stats.batch_tokens += rows.longest * len(batch)
         self.stats.infer_ms += outputs.infer_ms
 
-    def _retry_alone(self, batch: list[Ticket], error: EngineError) -> None:
+    def _lose(self, batch: list[Ticket]) -> None:
+        for ticket in batch:
+            ticket.losses += 1
+            if ticket.losses >= MAX_LOSSES:
+                self._fail(ticket, UnavailableError(f"no replica could answer after {MAX_LOSSES} attempts"))
+        self._put_back(batch)
+
+    def _refuse(self, batch: list[Ticket], error: EngineError) -> None:
         """A batch of one has its answer, an error; of several any one may be at fault, so each tries alone."""
         if len(batch) == 1:
             self._fail(batch[0], error)
-            return
         for ticket in batch:
-            ticket.attempts = max(ticket.attempts, ALONE_FROM)
-        self._retry(batch, error)
+            ticket.alone = True
+        self._put_back(batch)
 
-    def _retry(self, batch: list[Ticket], error: FettleError) -> None:
-        """Back to the head of the queue, age kept, unless the client has left or the attempts are used up."""
-        back: dict[int, Ticket] = {}
-        for ticket in batch:
-            ticket.attempts += 1
-            if ticket.future.done():
-                continue
-            if ticket.attempts >= MAX_ATTEMPTS:
-                self._fail(ticket, error)
-            else:
-                back[id(ticket)] = ticket
+    def _put_back(self, batch: list[Ticket]) -> None:
+        """To the head of the queue, age kept, unless the row has failed or its client has left."""
+        back = {id(ticket): ticket for ticket in batch if not ticket.future.done()}
         self.stats.retried += len(back)
         self._waiting = {**back, **self._waiting}
 

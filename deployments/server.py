@@ -5,6 +5,7 @@ The only place in the product that sets environment variables, since Ray reads i
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -12,7 +13,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,13 +136,26 @@ def _ray(options: ServerOptions, needed: Needs) -> Iterator[None]:
     try:
         yield
     finally:
-        from ray import serve
+        with nullcontext() if options.verbose else _muted():
+            _stop(own=own)
 
-        if own:
-            serve.shutdown()
-        else:
-            serve.delete(APPLICATION)
-        ray.shutdown()
+
+def _stop(*, own: bool) -> None:
+    import ray
+    from ray import serve
+
+    if own:
+        serve.shutdown()
+    else:
+        serve.delete(APPLICATION)
+    ray.shutdown()
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Ray prints the planned end of its own controller as an error, which would frighten a user who pressed Ctrl-C."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 def _deploy(config: ServeConfig, options: ServerOptions) -> None:
@@ -150,6 +164,8 @@ def _deploy(config: ServeConfig, options: ServerOptions) -> None:
 
     from deployments.app import build
 
+    if not options.verbose:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = None if options.verbose else LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(http_options={"host": options.host, "port": options.port}, logging_config=quiet)
     try:

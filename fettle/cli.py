@@ -17,6 +17,7 @@ from fettle import __version__
 from fettle.errors import FettleError, UsageError
 
 if TYPE_CHECKING:
+    from fettle.config import Settings
     from fettle.family import Family
     from optimize.progress import Progress
 
@@ -104,7 +105,10 @@ def optimize(
     Example: `fettle optimize ./my-classifier --data texts.jsonl --out ./family`
     """
     given = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
-    config = _optimize_config(
+    from fettle.config import OptimizeConfig
+
+    config = _checked(
+        OptimizeConfig,
         model=model,
         out=out,
         files={
@@ -165,14 +169,106 @@ def verify(directory: FamilyArgument, as_json: JsonOption = False) -> None:
         raise typer.Exit(FAILED)
 
 
-def _optimize_config(**values: Any) -> Any:
+@app.command()
+def serve(
+    families: Annotated[list[Path], typer.Argument(metavar="FAMILY...", help="One or several families.")],
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 opens the service to the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="Serve this variant; may be repeated. By default those that no other beats."),
+    ] = None,
+    default: Annotated[str | None, typer.Option(help="The variant that answers when a request pins none.")] = None,
+    min_replicas: Annotated[int, typer.Option(min=0, help="Replicas of each variant that always run.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Replicas of each variant under load; one for each core by default.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of one replica on CPU.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    max_queue: Annotated[float, typer.Option(help="Seconds of work that may wait before requests get 429.")] = 2.0,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="Clients need one of these for all but /health; at least 8 characters.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray to join; by default one is started.")] = None,
+    dashboard: Annotated[bool, typer.Option(help="Run the Ray dashboard.")] = True,
+    fast: Annotated[bool, typer.Option(help="Use Serve's fast path: HAProxy and gRPC.")] = True,
+    verbose: Annotated[bool, typer.Option(help="Show Ray's own log.")] = False,
+) -> None:
+    """Serve families behind one HTTP address until Ctrl-C.
+
+    Example: `fettle serve ./family --port 8000`
+    """
+    from deployments.server import ServerOptions, running, usable_cores, wait_for_signal
+    from fettle.config import ServeConfig
+
+    config = _checked(
+        ServeConfig,
+        families=[{"path": str(path), "variants": variant or None, "default": default} for path in families],
+        replicas={
+            "min_replicas": min_replicas,
+            "max_replicas": max_replicas or max(min_replicas, usable_cores()),
+            "threads": threads,
+            "device": device,
+        },
+        batch={"max_queue_s": max_queue},
+        api_keys=api_key or [],
+    )
+    where = ServerOptions(host=host, port=port, address=address, fast=fast, dashboard=dashboard, verbose=verbose)
+    typer.echo("starting Ray and the replicas ...", err=True)
+    with running(config, where) as url:
+        _print_welcome(url, config)
+        wait_for_signal()
+        typer.echo("stopping ...", err=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the models and families are left; a second run reuses them.")] = Path(
+        "fettle-demo"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    questions: Annotated[int, typer.Option(min=1, max=3434, help="Requests to each variant.")] = 600,
+    training_rows: Annotated[int, typer.Option(min=32, help="Texts that the classifier is fine-tuned on.")] = 4500,
+) -> None:
+    """From a real model to measured variants that answer over HTTP, in a few minutes on two cores.
+
+    The last line on standard output is one JSON object.
+
+    Example: `fettle demo --out ./fettle-demo`
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from examples.demo import DemoOptions, run
+
+    options = DemoOptions(out, port=port, questions=questions, training_rows=training_rows)
+    outcomes = run(options, Console(stderr=False))
+    _print_json({"directory": str(out), "questions": questions, "variants": [asdict(row) for row in outcomes]})
+
+
+def _print_welcome(url: str, config: Any) -> None:
+    """The address, what answers there, and a request to try."""
+    from deployments.app import named_families
+    from fettle.manifest import TaskKind
+
+    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
+    typer.echo(f"serving at {url}  (documentation at {url}/docs, Ctrl-C stops)")
+    for name, family in named_families(config).items():
+        embeds = family.manifest.task.kind is TaskKind.EMBED
+        path = "/v1/embeddings" if embeds else "/classify"
+        json = f'{{"model": "{name}", "input": "a text"}}'
+        typer.echo(f"  curl {url}{path}{key} -H 'content-type: application/json' -d '{json}'")
+
+
+def _checked(model: type[Settings], /, **values: Any) -> Any:
+    """A configuration from the command line; what is wrong with it in one line."""
     from pydantic import ValidationError
 
-    from fettle.config import OptimizeConfig
     from fettle.family import describe_validation
 
     try:
-        return OptimizeConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         raise UsageError(describe_validation(error)) from None
 

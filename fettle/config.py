@@ -82,7 +82,7 @@ class BatchConfig(Settings):
     )
     max_age_ms: float = Field(default=100.0, gt=0, description="a row waiting longer is not passed over any more")
     max_queue_s: float = Field(
-        default=1.0, gt=0, description="predicted time to drain the queue, above which requests are refused"
+        default=2.0, gt=0, description="predicted time to drain the queue, above which requests are refused"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from fettle.manifest import LatencyCell, LatencyTable
+from fettle.manifest import LatencyTable
 
 NEARLY_BEST = 0.95
 
@@ -22,14 +22,15 @@ def estimate_ms(table: LatencyTable, batch: int, length: int) -> float:
     return _interpolate(sorted((size, _interpolate(sorted(points), length)) for size, points in rows.items()), batch)
 
 
-def tokens_per_second(cell: LatencyCell) -> float:
-    return cell.batch * cell.length / cell.median_ms * 1000
+def best_tokens_per_call(table: LatencyTable, call_ms: float) -> int:
+    """The smallest padded size of a batch (rows x tokens) with at least 95 % of the best tokens a second.
 
-
-def best_tokens_per_call(table: LatencyTable) -> int:
-    """The smallest padded size of a batch (rows x tokens) with at least 95 % of the best measured tokens a second."""
-    best = max(tokens_per_second(cell) for cell in table.cells)
-    return min(cell.batch * cell.length for cell in table.cells if tokens_per_second(cell) >= NEARLY_BEST * best)
+    Smaller batches wait less and waste less on padding. `call_ms` is what each call costs beside the engine's own
+    time; without it a CPU engine would be best served one row at a time.
+    """
+    rates = {cell: cell.batch * cell.length / (cell.median_ms + call_ms) for cell in table.cells}
+    best = max(rates.values())
+    return min(cell.batch * cell.length for cell, rate in rates.items() if rate >= NEARLY_BEST * best)
 
 
 def best_rows_per_second(table: LatencyTable, length: int) -> float:

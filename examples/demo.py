@@ -1,0 +1,252 @@
+"""`fettle demo`: the main job from end to end on real data, in a few minutes on two cores, without the network.
+
+Fine-tunes a classifier, optimizes it and the embedding model it came from, serves both families on Ray, asks every
+served variant real questions over HTTP, compares each answer with the reference's and with the variant's own offline
+answer, and prints a table and one JSON line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import orjson
+from rich.console import Console
+from rich.table import Table
+
+from deployments.server import ServerOptions, running
+from examples.finetune import Recipe, base_model, finetune, read_rows, split_path
+from fettle.answers import Floats, disagreements
+from fettle.config import DataFiles, FamilyConfig, OptimizeConfig, ReplicaConfig, ServeConfig
+from fettle.family import Family
+from fettle.manifest import TaskKind
+from fettle.rows import Row, Rows, in_batches
+from fettle.tokenizer import Tokenizer
+from optimize.pipeline import run as optimize
+from optimize.progress import Progress
+from workers.engine import EngineOptions, open_engine
+
+CLASSIFIER, EMBEDDER = "sections", "minilm"
+ALONE_REQUESTS = 60
+OFFLINE_ROWS, OFFLINE_TOKENS = 32, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """`questions` texts are asked of each variant, by `connections` clients at a time."""
+
+    directory: Path
+    port: int = 8000
+    questions: int = 600
+    connections: int = 32
+    replicas: int = 2
+    training_rows: int = 4500
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One line of the table. Shares are of the questions asked, in [0, 1]."""
+
+    family: str
+    variant: str
+    size_mb: float
+    alone_ms: float
+    requests_per_second: float
+    same_as_reference: float
+    same_as_offline: float
+    batch_invariant: bool
+    changed_by_batching: float
+    metric: float | None
+
+
+def run(options: DemoOptions, console: Console) -> list[Outcome]:
+    """Everything, with progress on `console`; what is already there from an earlier run is not made again."""
+    options.directory.mkdir(parents=True, exist_ok=True)
+    classifier = options.directory / "classifier"
+    if not (classifier / "config.json").exists():
+        train(classifier, Recipe(rows=options.training_rows), console)
+    families = {
+        CLASSIFIER: make_family(CLASSIFIER, classifier, options.directory, console),
+        EMBEDDER: make_family(EMBEDDER, base_model(), options.directory, console),
+    }
+    rows = read_rows("test")[: options.questions]
+    served = ServeConfig(
+        families=[FamilyConfig(path=str(family.directory)) for family in families.values()],
+        replicas=ReplicaConfig(min_replicas=options.replicas, max_replicas=options.replicas),
+    )
+    with ExitStack() as service:
+        with console.status("starting Ray and the replicas"):
+            url = service.enter_context(running(served, ServerOptions(port=options.port, dashboard=False)))
+        outcomes = asyncio.run(question_all(url, families, rows, options, console))
+        console.print("stopping the service")
+    report(outcomes, families, options, console)
+    return outcomes
+
+
+def train(out: Path, recipe: Recipe, console: Console) -> None:
+    """Fine-tune the reference, with a progress bar."""
+    progress = Progress(console)
+    name = f"fine-tune a classifier on {recipe.rows} texts"
+    progress.plan({name: recipe.rows / 40})
+    with progress, progress.step(name) as advance:
+        finetune(out, recipe, lambda done, _: advance(done / recipe.rows))
+
+
+def make_family(name: str, model: Path, directory: Path, console: Console) -> Family:
+    """Optimize one model on the bundled texts; a family that is complete is only checked."""
+    files = DataFiles(test=split_path("test"), calibration=split_path("calibration"))
+    config = OptimizeConfig(model=str(model), out=directory / name, files=files, name=name, max_rows=800)
+    console.print(f"[bold]fettle optimize {shlex.quote(str(model))} --out {shlex.quote(str(config.out))}[/bold]")
+    return optimize(config, Progress(console))
+
+
+async def question_all(
+    url: str, families: dict[str, Family], rows: Sequence[dict[str, str]], options: DemoOptions, console: Console
+) -> list[Outcome]:
+    """Ask every served variant of every family, one variant after the other."""
+    outcomes = []
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=options.connections)) as client:
+        info = await (await client.get("/info")).json()
+        for served in info["families"]:
+            family = families[served["name"]]
+            tokens = Tokenizer(family.tokenizer_path, family.manifest.tokenizer).encode([row["text"] for row in rows])
+            with console.status(f"answers of {family.name}'s reference"):
+                reference = offline(family, family.manifest.reference, tokens)
+            for variant in served["variants"]:
+                with console.status(f"{len(rows)} requests to {family.name}:{variant['id']}"):
+                    answers = await question(client, family, variant["id"], rows, options)
+                    own = offline(family, variant["id"], tokens)
+                outcomes.append(judge(family, variant["id"], rows, answers, reference, own))
+    return outcomes
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """`values` float32 [rows, width] as they came over HTTP: scores, or vectors."""
+
+    values: Floats
+    alone_ms: float
+    requests_per_second: float
+
+
+async def question(
+    client: aiohttp.ClientSession,
+    family: Family,
+    variant: str,
+    rows: Sequence[dict[str, str]],
+    options: DemoOptions,
+) -> Answers:
+    """First one request at a time, for the latency, then all of them from several clients, for the rate."""
+
+    async def ask(text: str) -> Any:
+        model = f"{family.name}:{variant}"
+        path = "/classify" if family.manifest.task.kind is TaskKind.CLASSIFY else "/v1/embeddings"
+        async with client.post(path, json={"model": model, "input": text}) as response:
+            body = await response.read()
+            if response.status != 200:
+                raise RuntimeError(f"{path} answered {response.status}: {body.decode()}")
+            return body
+
+    async def work(queue: list[int], replies: dict[int, bytes]) -> None:
+        while queue:
+            index = queue.pop()
+            replies[index] = await ask(rows[index]["text"])
+
+    times = []
+    for row in rows[:ALONE_REQUESTS]:
+        started = time.perf_counter()
+        await ask(row["text"])
+        times.append((time.perf_counter() - started) * 1000)
+    queue, replies = list(reversed(range(len(rows)))), dict[int, bytes]()
+    started = time.perf_counter()
+    await asyncio.gather(*(work(queue, replies) for _ in range(options.connections)))
+    seconds = time.perf_counter() - started
+    values = np.array([_values(replies[index]) for index in range(len(rows))], np.float32)
+    return Answers(values, statistics.median(times), len(rows) / seconds)
+
+
+def _values(body: bytes) -> list[float]:
+    (item,) = orjson.loads(body)["data"]
+    values: list[float] = item["probs"] if "probs" in item else item["embedding"]
+    return values
+
+
+def offline(family: Family, variant: str, rows: Sequence[Row]) -> Floats:
+    """The variant's answers without a server, in batches of similar length: float32 [rows, width]."""
+    engine = open_engine(family.variant_path(variant), EngineOptions(threads=2, verify=False))
+    lengths = [len(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: lengths[index])
+    values = np.empty((len(rows), family.manifest.task.width), np.float32)
+    for batch in in_batches(order, lengths, OFFLINE_ROWS, OFFLINE_TOKENS):
+        values[batch] = engine.run(Rows.of([rows[index] for index in batch])).values
+    engine.close()
+    return values
+
+
+def judge(
+    family: Family,
+    variant: str,
+    rows: Sequence[dict[str, str]],
+    answers: Answers,
+    reference: Floats,
+    own: Floats,
+) -> Outcome:
+    """Compare what was served with the reference's answers and with the variant's own offline ones."""
+    manifest, task = family.variant(variant), family.manifest.task
+    assert manifest.measured is not None
+    # Softmax keeps the order of the logits, so scores and logits are compared by the same rule.
+    changed = disagreements(answers.values, reference, task)
+    moved = disagreements(answers.values, own, task)
+    metric = None
+    if task.kind is TaskKind.CLASSIFY:
+        predicted = [task.labels[int(index)] for index in answers.values.argmax(axis=1)]
+        metric = float(np.mean([label == row["label"] for label, row in zip(predicted, rows, strict=True)]))
+    return Outcome(
+        family=family.name,
+        variant=variant,
+        size_mb=manifest.size_bytes / 1e6,
+        alone_ms=answers.alone_ms,
+        requests_per_second=answers.requests_per_second,
+        same_as_reference=1 - float(changed.mean()),
+        same_as_offline=1 - float(moved.mean()),
+        batch_invariant=manifest.measured.batching.invariant,
+        changed_by_batching=manifest.measured.batching.changed,
+        metric=metric,
+    )
+
+
+def report(outcomes: Sequence[Outcome], families: dict[str, Family], options: DemoOptions, console: Console) -> None:
+    """The table, and how to go on."""
+    table = Table(title=f"{options.questions} Debian package descriptions, over HTTP", title_justify="left")
+    for name in ("family", "variant"):
+        table.add_column(name)
+    for name in (
+        "size MB", "ms, one client", f"requests/s, {options.connections} clients", "same answers",
+        "served = offline", "depends on batch", "accuracy",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for outcome in outcomes:
+        table.add_row(
+            outcome.family,
+            outcome.variant,
+            f"{outcome.size_mb:.0f}",
+            f"{outcome.alone_ms:.1f}",
+            f"{outcome.requests_per_second:.0f}",
+            f"{outcome.same_as_reference:.2%}",
+            f"{outcome.same_as_offline:.2%}",
+            "no" if outcome.batch_invariant else f"{outcome.changed_by_batching:.1%}",
+            "" if outcome.metric is None else f"{outcome.metric:.1%}",
+        )
+    console.print(table)
+    paths = [shlex.quote(str(family.directory)) for family in families.values()]
+    console.print(f"The families are in {options.directory}. Look at one:  fettle show {paths[0]}", soft_wrap=True)
+    console.print(f"Serve both:  fettle serve {' '.join(paths)}", soft_wrap=True)
