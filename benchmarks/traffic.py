@@ -53,9 +53,7 @@ def encode_request(url: str, body: bytes, headers: Sequence[str] = ()) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-def encode_all(
-    url: str, kind: Kind, model: str, texts: Sequence[str], headers: Sequence[str] = ()
-) -> list[bytes]:
+def encode_all(url: str, kind: Kind, model: str, texts: Sequence[str], headers: Sequence[str] = ()) -> list[bytes]:
     return [encode_request(url, json.dumps(payload(kind, model, text)).encode(), headers) for text in texts]
 
 

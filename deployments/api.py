@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 import uuid
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request, Response
 from numpy.typing import NDArray
+from tokenizers import Encoding
 
 from deployments import border, schemas
 from deployments.border import ERRORS, BodyReader, reply
@@ -22,13 +24,14 @@ from fettle.errors import RequestError, UnavailableError
 from fettle.manifest import Head, TaskKind
 from fettle.tokenizer import Text
 
+Responses = dict[int | str, dict[str, Any]]
 # Path, handler, and what a good reply holds.
 Route = tuple[str, Callable[..., Awaitable[Response]], Any]
 
 
 def build_api(router: Router, api_keys: Sequence[str] = ()) -> FastAPI:
     """The ASGI application around a router."""
-    app = FastAPI(title="Fettle", version=__version__, description=__doc__, redoc_url=None)
+    app = FastAPI(title="Fettle", version=__version__, description=__doc__, redoc_url=None, redirect_slashes=False)
     endpoints = Endpoints(router)
     app.include_router(endpoints.routes())
     border.install_error_handlers(app)
@@ -105,7 +108,7 @@ class Endpoints:
         for path, handler, model in inference:
             routes.add_api_route(path, handler, methods=["POST"], responses=ERRORS | {200: {"model": model}})
         for path, handler, model in reading:
-            failures = {code: ERRORS[code] for code in ((401, 503) if path == "/ready" else (401,))}
+            failures: Responses = {code: ERRORS[code] for code in ((401, 503) if path == "/ready" else (401,))}
             routes.add_api_route(path, handler, methods=["GET"], responses=failures | {200: {"model": model}})
         return routes
 
@@ -181,9 +184,10 @@ class Endpoints:
         body: schemas.VllmTokenizeRequest | schemas.TeiTokenizeRequest = await self.readers["/tokenize"](request)
         family = self._router.target(body.model).family
         if isinstance(body, schemas.VllmTokenizeRequest):
-            return reply(_vllm_tokens(family, body))
+            return reply(await asyncio.to_thread(_vllm_tokens, family, body))
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-        return reply([_tei_tokens(family, text, special=body.add_special_tokens) for text in texts])
+        self._router.check_inputs(len(texts))
+        return reply(await asyncio.to_thread(_tei_tokens, family, texts, special=body.add_special_tokens))
 
     async def models(self) -> Response:
         """Every family, and every variant as `family:variant`, which pins it."""
@@ -216,7 +220,7 @@ class Endpoints:
         if texts:
             tokenized = await self._router.tokenize(target, texts, max_length=max_length, truncate=truncate)
         else:
-            tokenized = self._router.rows_of_ids(target, ids, truncate=truncate)
+            tokenized = self._router.rows_of_ids(target, ids, max_length=max_length, truncate=truncate)
         return Answer(target, tokenized, await self._router.infer(target, tokenized.rows))
 
 
@@ -279,8 +283,11 @@ def _vllm_tokens(family: ServedFamily, body: schemas.VllmTokenizeRequest) -> dic
     }
 
 
-def _tei_tokens(family: ServedFamily, text: str, *, special: bool) -> list[dict[str, Any]]:
-    encoding = family.tokenizer.pieces(text, special=special)
+def _tei_tokens(family: ServedFamily, texts: Sequence[str], *, special: bool) -> list[list[dict[str, Any]]]:
+    return [_tei_pieces(family.tokenizer.pieces(text, special=special)) for text in texts]
+
+
+def _tei_pieces(encoding: Encoding) -> list[dict[str, Any]]:
     return [
         {
             "id": token,
@@ -308,7 +315,7 @@ def _family_info(served: ServedFamily) -> dict[str, Any]:
 
 
 def _variant_info(target: Target) -> dict[str, Any]:
-    manifest, measured = target.manifest, target.manifest.measured
+    manifest, measured, stats = target.manifest, target.manifest.measured, target.batcher.stats
     return {
         "id": manifest.id,
         "runtime": manifest.runtime,
@@ -319,4 +326,9 @@ def _variant_info(target: Target) -> dict[str, Any]:
         "batch_invariant": measured.batching.invariant if measured else None,
         "queued": target.batcher.depth,
         "backlog_s": round(target.batcher.backlog_s, 3),
+        "rows": stats.rows,
+        "batches": stats.batches,
+        "refused": stats.refused,
+        "withdrawn": stats.withdrawn,
+        "retried": stats.retried,
     }

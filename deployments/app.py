@@ -3,7 +3,7 @@
 One deployment for each variant, and the router before them as the ingress.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Ray reads the annotation of `build`'s argument as a class.
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -11,6 +11,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.schemas import ErrorReply
@@ -27,6 +28,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorReply, "description": "no such model"},
     413: {"model": ErrorReply, "description": "too many inputs, or too long a body"},
     429: {"model": ErrorReply, "description": "overloaded; `Retry-After` says when to come back"},
+    500: {"model": ErrorReply, "description": "the engine failed on this input"},
     503: {"model": ErrorReply, "description": "no replica could answer"},
 }
 
@@ -66,7 +68,7 @@ class BodyReader(Generic[Model]):
         limit = self._max_bytes
         declared = request.headers.get("content-length", "0")
         pieces: list[bytes] = []
-        size = int(declared) if declared.isdigit() else 0
+        size = int(declared) if declared.isdecimal() else 0
         if size <= limit:
             size = 0
             async for piece in request.stream():
@@ -122,7 +124,7 @@ class KeyGuard:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self.app = app
-        self._expected = [f"Bearer {key}".encode() for key in keys]
+        self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allowed(scope):
@@ -133,15 +135,17 @@ class KeyGuard:
 
     def _allowed(self, scope: Scope) -> bool:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, offered = given.partition(b" ")
         # Every key is compared, each in constant time, so that neither content nor position leaks.
-        matches = [hmac.compare_digest(given, expected) for expected in self._expected]
-        return any(matches)
+        matches = [hmac.compare_digest(offered, key) for key in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)
 
 
 def install_error_handlers(app: FastAPI) -> None:
     """Every failure in the one documented shape: Fettle's own, Starlette's 404 and 405, and bugs (500, logged)."""
     app.add_exception_handler(FettleError, _on_fettle_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
 
 
@@ -155,6 +159,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
     return reply(body, dict(error.headers or {}), error.status_code)
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    """Nobody reads this; it is no bug either."""
+    return error_reply(RequestError("the client left before its body was complete"))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

@@ -112,12 +112,16 @@ class Router:
             TooLargeError: more inputs than one request may have.
             OverloadedError: the queue is full.
         """
+        self.check_inputs(inputs)
+        target.batcher.check_room()
+
+    def check_inputs(self, inputs: int) -> None:
+        """Raises TooLargeError for more inputs than one request may have."""
         if inputs > self.limits.max_inputs:
             raise TooLargeError(
                 f"{inputs} inputs in one request, the limit is {self.limits.max_inputs}; send several requests",
                 param="input",
             )
-        target.batcher.check_room()
 
     async def tokenize(
         self, target: Target, texts: Sequence[Text], *, max_length: int | None = None, truncate: bool = True
@@ -131,11 +135,13 @@ class Router:
             return await asyncio.to_thread(_timed, encode)
         return _timed(encode)
 
-    def rows_of_ids(self, target: Target, lists: Sequence[Sequence[int]], *, truncate: bool = True) -> Tokenized:
+    def rows_of_ids(
+        self, target: Target, lists: Sequence[Sequence[int]], *, max_length: int | None = None, truncate: bool = True
+    ) -> Tokenized:
         """Rows from token ids that the client made."""
-        tokenizer = target.family.tokenizer
+        row = target.family.tokenizer.row_of_ids
         return _timed(
-            lambda: [tokenizer.row_of_ids(ids, index=index, truncate=truncate) for index, ids in enumerate(lists)]
+            lambda: [row(ids, index=index, max_length=max_length, truncate=truncate) for index, ids in enumerate(lists)]
         )
 
     async def infer(self, target: Target, rows: Sequence[Row]) -> Inferred:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Ids = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
@@ -79,7 +79,16 @@ class TeiTokenizeRequest(Body):
     add_special_tokens: bool = True
 
 
-TokenizeRequest = VllmTokenizeRequest | TeiTokenizeRequest
+def _tokenize_shape(body: object) -> str:
+    return "VllmTokenizeRequest" if isinstance(body, dict) and "prompt" in body else "TeiTokenizeRequest"
+
+
+# Told apart by their field, so that a complaint is about the shape that the client meant.
+TokenizeRequest = Annotated[
+    Annotated[VllmTokenizeRequest, Tag("VllmTokenizeRequest")]
+    | Annotated[TeiTokenizeRequest, Tag("TeiTokenizeRequest")],
+    Discriminator(_tokenize_shape),
+]
 
 
 class Usage(BaseModel):
@@ -169,8 +178,13 @@ class VariantInfo(BaseModel):
     size_bytes: int
     disagreement: float | None
     batch_invariant: bool | None
-    queued: int
-    backlog_s: float
+    queued: int = Field(description="rows that wait for a replica")
+    backlog_s: float = Field(description="predicted time until all admitted work is done")
+    rows: int = Field(description="rows answered since this router's start; so are the counts that follow")
+    batches: int
+    refused: int = Field(description="requests refused because the queue was full")
+    withdrawn: int = Field(description="rows whose client left while they waited")
+    retried: int = Field(description="rows sent again, after a lost replica or beside a row that failed")
 
 
 class FamilyInfo(BaseModel):

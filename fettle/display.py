@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -50,6 +51,7 @@ def summary(variant: VariantManifest) -> dict[str, Any]:
             "rows": found.quality.rows,
             "same_answers": 1 - found.quality.disagreement,
             "max_difference": found.quality.max_difference,
+            "mean_cosine": found.quality.mean_cosine,
             "batch_invariant": found.batching.invariant,
             "changed_by_batching": found.batching.changed,
             "metric_name": found.quality.metric_name,
@@ -69,34 +71,42 @@ def print_table(family: Family, console: Console | None = None) -> None:
 
 
 def _table(family: Family, rows: list[dict[str, Any]]) -> Table:
-    metric = next((row["metric_name"] for row in rows if row.get("metric_name")), None)
-    columns = ["variant", "runtime", "precision", "size MB", "memory MB", "ms, batch 1", "best rows/s", "same answers"]
-    columns += ["batch invariant", *([metric] if metric else [])]
-    table = Table(title=f"{family.name}: {_task_in_words(family)}", title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 3 else "right")
+    metric = next((_figure(row)[0] for row in rows if _figure(row)[0]), None)
+    title = f"{family.name}: {_task_in_words(family)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("variant", no_wrap=True)
+    table.add_column("runtime", no_wrap=True)
+    for column in ("MB", "RAM MB", "ms at batch 1", "best rows/s", "same answers", "invariant", metric):
+        if column is not None:
+            table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for row in rows:
-        mark = " (default)" if row["id"] == family.manifest.default else ""
-        style = "bold" if mark else None
-        table.add_row(*_cells(row, mark, metric is not None), style=style)
+        is_default = row["id"] == family.manifest.default
+        table.add_row(*_cells(row, "*" if is_default else "", metric), style="bold" if is_default else None)
     return table
 
 
-def _cells(row: dict[str, Any], mark: str, with_metric: bool) -> list[str]:
-    cells = [row["id"] + mark, row["runtime"], row["precision"], _megabytes(row["size_bytes"])]
+def _cells(row: dict[str, Any], mark: str, metric: str | None) -> list[str]:
+    cells = [row["id"] + mark, f"{row['runtime']} {row['precision']}", _megabytes(row["size_bytes"])]
     if not row["measured"]:
         return [*cells, "not measured"]
-    invariant = "yes" if row["batch_invariant"] else f"no, {row['changed_by_batching']:.1%} change"
     cells += [
         _megabytes(row["peak_memory_bytes"]),
         f"{row['ms_at_batch_1']:.1f}",
         f"{row['best_rows_per_second']:.0f}",
         f"{row['same_answers']:.2%}",
-        invariant,
+        "yes" if row["batch_invariant"] else f"no, {row['changed_by_batching']:.1%}",
     ]
-    if with_metric:
-        cells.append("" if row["metric"] is None else f"{row['metric']:.4f}")
+    if metric is not None:
+        figure = _figure(row)[1]
+        cells.append("" if figure is None else f"{figure:.4f}")
     return cells
+
+
+def _figure(row: dict[str, Any]) -> tuple[str | None, float | None]:
+    """The last column's name and value: the task's metric, or the mean cosine to the reference's vectors."""
+    if row.get("mean_cosine") is not None:
+        return "mean cosine", row["mean_cosine"]
+    return row.get("metric_name"), row.get("metric")
 
 
 def _footnotes(family: Family) -> list[str]:
@@ -105,6 +115,7 @@ def _footnotes(family: Family) -> list[str]:
         return []
     where = reference.hardware
     return [
+        "* answers when a request names no variant. Invariant: no, and the share of answers that the batch changes.",
         f"{reference.quality.rows} test rows, {reference.typical_length} tokens at the median; another answer means: "
         f"{reference.quality.loss}.",
         f"{where.accelerator or where.processor}, {reference.latency.threads} of {where.cores} cores.",

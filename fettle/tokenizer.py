@@ -60,8 +60,10 @@ class Tokenizer:
                 )
         return rows
 
-    def row_of_ids(self, ids: Sequence[int], *, index: int = 0, truncate: bool = True) -> Row:
-        """A row from token ids that the client made itself; used as they are.
+    def row_of_ids(
+        self, ids: Sequence[int], *, index: int = 0, max_length: int | None = None, truncate: bool = True
+    ) -> Row:
+        """A row from token ids that the client made itself; used as they are, cut like a text.
 
         Raises:
             RequestError: an id outside the vocabulary, or too many and `truncate` is false.
@@ -72,7 +74,7 @@ class Tokenizer:
                 f"input {index}: token id {bad} is outside the vocabulary (0 to {self.spec.vocabulary - 1})",
                 param="input",
             )
-        limit = self.spec.max_length
+        limit = min(max_length or self.spec.max_length, self.spec.max_length)
         if len(ids) > limit and not truncate:
             raise RequestError(
                 f"input {index} has {len(ids)} tokens, the limit is {limit}; shorten it or allow truncation",

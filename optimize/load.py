@@ -279,7 +279,8 @@ def _scorer(directory: Path, task: Task) -> Scorer:
     missing = [key for key in missing if task.kind is TaskKind.CLASSIFY or "pooler." not in key]
     if missing:
         raise ModelError(
-            f"{directory}: the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            f"{directory}: the weights lack {missing[0]}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
             + ", so the model would answer at random; fine-tune it first"
         )
     return scorer

@@ -2,30 +2,71 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections import Counter
 from pathlib import Path
 
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from pydantic import JsonValue
 
+from fettle.errors import PassError
 from optimize.export import quiet
+
+KINDS = ["MatMul", "Gemm"]
+# A two-operand int8 product needs 7-bit weights where the processor adds pairs of products in 16 bits.
+VNNI_FLAGS = {"avx512_vnni", "avx_vnni", "asimddp", "i8mm"}
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def quantize_dynamic_int8(path_in: Path, path_out: Path, *, per_channel: bool = True) -> dict[str, JsonValue]:
+    """Quantize every linear layer's weights; embeddings, norms and attention itself stay in float32.
+
+    Returns how many linear layers became int8, how many stayed, and whether the weights were reduced to 7 bits.
+
+    Raises:
+        PassError: nothing could be quantized, or the quantizer stopped.
+    """
     model = onnx.load(path_in)
     # The exporter's shapes name symbols that the quantizer's shape inference refuses to merge with its own.
     del model.graph.value_info[:]
-    with quiet():
-        quantize_dynamic(
-            model,
-            path_out,
-            per_channel=per_channel,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul", "Gemm"],
-        )
-    counts = {}
-    for node in onnx.load(path_out).graph.node:
-        if node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul"):
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return counts
+    reduced = saturates()
+    try:
+        with quiet():
+            quantize_dynamic(
+                model,
+                path_out,
+                op_types_to_quantize=KINDS,
+                per_channel=per_channel,
+                reduce_range=reduced,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF,
+                # Shape inference does not see through ONNX Runtime's own operators, which all give floats here.
+                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+            )
+    except Exception as error:
+        # The quantizer raises bare exceptions of many kinds.
+        raise PassError(f"ONNX Runtime's quantizer stopped: {(str(error) or type(error).__name__)[:200]}") from error
+    counts = Counter(node.op_type for node in onnx.load(path_out, load_external_data=False).graph.node)
+    if not counts["MatMulInteger"]:
+        raise PassError("the graph has no linear layer with constant weights to quantize")
+    return {
+        "quantized": counts["MatMulInteger"],
+        "left_float": sum(counts[kind] for kind in KINDS),
+        "reduced_range": reduced,
+    }
+
+
+def saturates(flags: set[str] | None = None) -> bool:
+    """Whether u8 x s8 products overflow 16 bits on this processor (AVX2 and AVX-512 without VNNI).
+
+    Unknown processors count as safe only if they are not x86, whose kernels have 32-bit sums.
+    """
+    flags = cpu_flags() if flags is None else flags
+    return bool(flags) and not flags & VNNI_FLAGS
+
+
+def cpu_flags() -> set[str]:
+    if not CPU_INFO.exists():
+        return set()
+    lines = (line for line in CPU_INFO.read_text().splitlines() if line.startswith(("flags", "Features")))
+    return set(next(lines, "").partition(":")[2].split())

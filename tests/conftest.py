@@ -1,9 +1,15 @@
-"""What all tests share: how hypothesis behaves, and the services that the Ray tests talk to."""
+"""What all tests share: how hypothesis behaves, and the one service on Ray that the tests of a service talk to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig
+from tests.fakes import FakeVariant, classify_task, embed_task, make_fake_family, token_id
+from tests.integration.service import Service, service
 
 # The same examples in every run and no deadline: on a busy machine a slow example says nothing about the code.
 settings.register_profile(
@@ -15,7 +21,41 @@ settings.register_profile(
 )
 settings.load_profile("fettle")
 
+# Milliseconds of the fake engines. `slow` answers 49 rows of 20 tokens a second on its two replicas.
+VARIANTS = {
+    "sections": [
+        FakeVariant("fp32", ms_per_call=3, ms_per_token=0.05),
+        FakeVariant("fragile", ms_per_call=3, ms_per_token=0.02, exit_on_token=token_id("crash")),
+    ],
+    "emb": [FakeVariant("int8", ms_per_call=2, ms_per_token=0.02), FakeVariant("slow", ms_per_call=5, ms_per_token=2)],
+}
+TASKS = {"sections": classify_task(), "emb": embed_task(16)}
+
 
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def one_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    where = tmp_path_factory.mktemp("service")
+    for name, variants in VARIANTS.items():
+        make_fake_family(where / name, name=name, task=TASKS[name], variants=variants)
+    families = [
+        FamilyConfig(path=str(where / name), variants=[variant.id for variant in variants])
+        for name, variants in VARIANTS.items()
+    ]
+    config = ServeConfig(families=families, replicas=ReplicaConfig(min_replicas=2, max_replicas=2))
+    with service(config, where / "log") as running:
+        yield running
+
+
+@pytest.fixture
+def served(one_service: Service, request: pytest.FixtureRequest) -> Iterator[Service]:
+    """The running service; what it said is shown beside a test that fails."""
+    start = one_service.log.stat().st_size
+    yield one_service
+    said = one_service.log.read_text(errors="replace")[start:]
+    if said:
+        print(f"the service said:\n{said[-4000:]}")

@@ -1,4 +1,8 @@
-"""The ONNX Runtime engine: `model.onnx` on the CPU or CUDA provider. Imports no torch, so a worker starts fast."""
+"""The ONNX Runtime engine: `model.onnx` on the CPU or CUDA provider. Imports no torch, so a worker starts fast.
+
+On CPU a batch runs as a few small calls, its rows sorted by length: a core is saturated by a few hundred tokens,
+beyond which activations only fall out of its cache, and unequal rows cost no padding.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,24 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from fettle.errors import EngineError, FamilyError, UsageError
 from fettle.manifest import VariantManifest
-from fettle.rows import Outputs, Rows
+from fettle.rows import Outputs, Rows, in_batches
 from workers.engine import EngineOptions
 
 MODEL_FILE = "model.onnx"
 WARM_UP_SHAPES = ((1, 16), (8, 32))
+# Padded tokens in one call on CPU, per thread: benchmarks/LOG.md, "micro-batches".
+CALL_TOKENS = 256
+# ONNX Runtime fuses these at load. Its fused CPU kernels are the slower ones: SkipLayerNormalization takes seven
+# times as long as Add and LayerNormalization (benchmarks/LOG.md, "fusions that cost").
+SLOWER_ON_CPU = ["SkipLayerNormFusion", "BiasGeluFusion"]
 
 
 class OnnxEncoder:
-    """One variant in ONNX Runtime. `run` pads a batch to its longest row."""
+    """One variant in ONNX Runtime. `run` pads to the longest row of each call, nothing more."""
 
     def __init__(self, directory: Path, manifest: VariantManifest, options: EngineOptions) -> None:
         """Load the graph.
@@ -29,17 +39,8 @@ class OnnxEncoder:
             FamilyError: ONNX Runtime cannot load the graph.
         """
         self.manifest = manifest
-        try:
-            self._session: ort.InferenceSession | None = ort.InferenceSession(
-                str(directory / MODEL_FILE), session_options(options.threads), providers=_providers(options)
-            )
-        except _ORT_ERRORS as error:
-            raise FamilyError(
-                f"{directory / MODEL_FILE}: ONNX Runtime {ort.__version__} cannot load it ({_first_line(error)}); "
-                "run `fettle optimize` again"
-            ) from error
-        if options.device == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise UsageError(_NO_CUDA)
+        self._call_tokens = CALL_TOKENS * options.threads if options.device == "cpu" else None
+        self._session: ort.InferenceSession | None = _open(directory / MODEL_FILE, options)
         self._typed = any(item.name == "token_type_ids" for item in self._session.get_inputs())
 
     def warm_up(self) -> None:
@@ -57,20 +58,35 @@ class OnnxEncoder:
         if self._session is None:
             raise EngineError("the engine is closed")
         started = time.perf_counter()
+        values = np.empty((len(rows), self.manifest.task.width), np.float32)
+        for chosen, part in self._parts(rows):
+            values[chosen] = self._call(self._session, part)
+        return Outputs(values, (time.perf_counter() - started) * 1e3)
+
+    def close(self) -> None:
+        self._session = None
+
+    def _parts(self, rows: Rows) -> list[tuple[NDArray[np.int64], Rows]]:
+        """The batch as the calls that answer it: row numbers, and those rows."""
+        if self._call_tokens is None or len(rows) == 1 or rows.longest * len(rows) <= self._call_tokens // 2:
+            return [(np.arange(len(rows)), rows)]
+        order = np.argsort(rows.lengths, kind="stable").tolist()
+        calls = in_batches(order, rows.lengths.tolist(), len(rows), self._call_tokens)
+        starts = np.cumsum(rows.lengths) - rows.lengths
+        return [(np.array(chosen), _taken(rows, starts, chosen)) for chosen in calls]
+
+    def _call(self, session: ort.InferenceSession, rows: Rows) -> NDArray[np.float32]:
         ids, mask, types = rows.padded(self.manifest.tokenizer.pad_id)
         feed: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self._typed:
             feed["token_type_ids"] = types
         try:
-            (values,) = self._session.run(["values"], feed)
-        except _ORT_ERRORS as error:
+            (values,) = session.run(["values"], feed)
+        except ORT_ERRORS as error:
             raise EngineError(
                 f"ONNX Runtime failed on a batch of {len(rows)} rows of up to {rows.longest} tokens"
             ) from error
-        return Outputs(np.asarray(values, np.float32), (time.perf_counter() - started) * 1e3)
-
-    def close(self) -> None:
-        self._session = None
+        return values
 
 
 def session_options(threads: int) -> ort.SessionOptions:
@@ -84,27 +100,44 @@ def session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-_ORT_ERRORS = (
-    ort.capi.onnxruntime_pybind11_state.Fail,
-    ort.capi.onnxruntime_pybind11_state.InvalidArgument,
-    ort.capi.onnxruntime_pybind11_state.InvalidGraph,
-    ort.capi.onnxruntime_pybind11_state.InvalidProtobuf,
-    ort.capi.onnxruntime_pybind11_state.NoSuchFile,
-    ort.capi.onnxruntime_pybind11_state.NotImplemented,
-    ort.capi.onnxruntime_pybind11_state.RuntimeException,
+_state = ort.capi.onnxruntime_pybind11_state
+ORT_ERRORS = (
+    _state.Fail,
+    _state.InvalidArgument,
+    _state.InvalidGraph,
+    _state.InvalidProtobuf,
+    _state.NoSuchFile,
+    _state.NotImplemented,
+    _state.RuntimeException,
     RuntimeError,
     ValueError,
 )
 _NO_CUDA = "no CUDA device is usable by ONNX Runtime; check the driver and CUDA libraries, or set device to cpu"
 
 
-def _providers(options: EngineOptions) -> list[str]:
-    if options.device == "cpu":
-        return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+def _open(path: Path, options: EngineOptions) -> ort.InferenceSession:
+    cpu = options.device == "cpu"
+    if not cpu and "CUDAExecutionProvider" not in ort.get_available_providers():
         raise UsageError(_NO_CUDA)
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    try:
+        session = ort.InferenceSession(
+            str(path),
+            session_options(options.threads),
+            providers=["CPUExecutionProvider"] if cpu else ["CUDAExecutionProvider", "CPUExecutionProvider"],
+            disabled_optimizers=SLOWER_ON_CPU if cpu else [],
+        )
+    except ORT_ERRORS as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise FamilyError(
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({line}); run `fettle optimize` again"
+        ) from error
+    # ONNX Runtime goes on without a provider that fails to start; serving on CPU what should be on CUDA is no success.
+    if not cpu and "CUDAExecutionProvider" not in session.get_providers():
+        raise UsageError(_NO_CUDA)
+    return session
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _taken(rows: Rows, starts: NDArray[np.int64], chosen: list[int]) -> Rows:
+    where = np.concatenate([np.arange(starts[row], starts[row] + rows.lengths[row]) for row in chosen])
+    types = None if rows.type_ids is None else rows.type_ids[where]
+    return Rows(rows.ids[where], rows.lengths[chosen], types)

@@ -1,4 +1,4 @@
-"""Infinity (infinity-emb), with its torch engine or with its ONNX engine on an int8 file.
+"""Infinity (infinity-emb): its torch engine in fp32 and in bf16, and its ONNX engine on an int8 file.
 
 Makes a virtual environment of its own from pins that work together, since Infinity needs an older transformers
 than Fettle; prepares a private copy of the model, since Infinity writes next to the model it loads; and says how
@@ -10,15 +10,19 @@ to start the server. Nothing is fetched but packages.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-Engine = Literal["torch", "int8"]
-ENGINES: tuple[Engine, ...] = ("torch", "int8")
+Engine = Literal["torch", "torch-bf16", "int8"]
+ENGINES: tuple[Engine, ...] = ("torch", "torch-bf16", "int8")
+SERVED_NAME = "minilm"
 PEER_ENV = Path("build/peer-infinity")
 PINS = (
     "infinity-emb[server,torch,optimum]",
@@ -31,6 +35,14 @@ PINS = (
     "datasets<4",
     "onnx",
 )
+# What each engine adds to the common options. LOG.md has what else was tried: these were the fastest.
+OPTIONS: Mapping[Engine, Sequence[str]] = {
+    "torch": ("--engine", "torch"),
+    "torch-bf16": ("--engine", "torch", "--dtype", "bfloat16"),
+    # Infinity would run Optimum's graph optimizer over a graph that is quantized already; ONNX Runtime
+    # optimizes it at load anyway.
+    "int8": ("--engine", "optimum", "--onnx-disable-optimize"),
+}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
 
 
@@ -52,19 +64,26 @@ def make_environment(directory: Path) -> None:
 
 def prepare_model(directory: Path, engine: Engine, model: Path) -> Path:
     """The directory that this engine is to serve: the checkpoint, or only an int8 ONNX file of it."""
-    out = (directory / "models" / f"{model.resolve().name}-{engine}").absolute()
+    form = "int8" if engine == "int8" else "torch"
+    out = (directory / "models" / f"{_fingerprint(model)}-{form}").absolute()
     if out.exists():
         return out
     working = out.with_name(out.name + ".part")
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
-    if engine == "torch":
+    if form == "torch":
         shutil.copytree(model, working, dirs_exist_ok=True)
     else:
         script = Path(__file__).with_name("export_int8.py")
         command = [directory / "bin/python", script, model, working, instructions()]
         subprocess.run(command, check=True, env={**os.environ, **OFFLINE}, stdout=subprocess.DEVNULL)
     return working.rename(out)
+
+
+def _fingerprint(model: Path) -> str:
+    """Tells models apart by content, since many a directory is called `model`."""
+    with (model / "model.safetensors").open("rb") as weights:
+        return hashlib.file_digest(weights, "sha256").hexdigest()[:12]
 
 
 def instructions() -> str:
@@ -81,8 +100,8 @@ def command(directory: Path, engine: Engine, model: Path, port: int) -> list[str
         str((directory / "bin/infinity_emb").absolute()),
         "v2",
         *("--model-id", str(model)),
-        *("--served-model-name", "minilm"),
-        *("--engine", "torch" if engine == "torch" else "optimum"),
+        *("--served-model-name", SERVED_NAME),
+        *OPTIONS[engine],
         *("--device", "cpu"),
         # Left alone, the ONNX engine pools by the first token, whatever the model says.
         *("--pooling-method", "mean"),
@@ -96,6 +115,14 @@ def environment(directory: Path) -> dict[str, str]:
     """Additions to the environment: offline, and caches inside the peer's own directory."""
     home = str((directory / "home").absolute())
     return {**OFFLINE, "HF_HOME": home, "INFINITY_HOME": home}
+
+
+def versions(directory: Path) -> dict[str, str]:
+    """What is installed there of the packages that matter for speed."""
+    names = ("infinity_emb", "torch", "transformers", "optimum", "onnxruntime", "sentence-transformers")
+    script = "import json, sys, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    done = subprocess.run([directory / "bin/python", "-c", script, *names], check=True, capture_output=True)
+    return dict(json.loads(done.stdout))
 
 
 def main() -> None:

@@ -130,9 +130,7 @@ async def test_the_rows_of_one_request_come_back_in_their_order():
     slots = LocalSlots()
     batcher = make(slots, rows=3)
     lengths = [9, 1, 5, 5, 30, 2, 9]
-    assert await answers(ask(batcher, *(row(n, length) for n, length in enumerate(lengths)))) == [
-        [0, 1, 2, 3, 4, 5, 6]
-    ]
+    assert await answers(ask(batcher, *(row(n, length) for n, length in enumerate(lengths)))) == [[0, 1, 2, 3, 4, 5, 6]]
     assert all(len(call) <= 3 for call in slots.calls)
 
 

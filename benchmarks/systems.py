@@ -1,0 +1,78 @@
+"""The systems under comparison: how each is started, where it answers, what its model is called there."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.peers import infinity
+from benchmarks.processes import ServerSpec
+
+PEERS = ("plain", "infinity-torch", "infinity-torch-bf16", "infinity-int8")
+# Serve's start fails on a busy small machine without the first two; the last keeps a benchmark to itself.
+PLAIN_ENVIRONMENT = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """`server` makes the specification for a port; `model` is what a request calls the model."""
+
+    name: str
+    is_peer: bool
+    model: str
+    server: Callable[[int], ServerSpec]
+
+
+def peer_system(name: str, model: Path, peer_env: Path) -> System:
+    """A peer by its name in `PEERS`; Infinity's environment and model files are made first if they are missing."""
+    if name == "plain":
+        return System(name, True, "minilm", lambda port: _plain(model, port))
+    engine = next(engine for engine in infinity.ENGINES if f"infinity-{engine}" == name)
+    infinity.make_environment(peer_env)
+    prepared = infinity.prepare_model(peer_env, engine, model)
+    return System(name, True, infinity.SERVED_NAME, lambda port: _infinity(peer_env, engine, prepared, port))
+
+
+def fettle_system(family: Path, family_name: str, variant: str, cores: int) -> System:
+    """`fettle serve` with one variant, pinned, one single-threaded replica for each core."""
+    model = f"{family_name}:{variant}"
+
+    def server(port: int) -> ServerSpec:
+        command = [sys.executable, "-m", "fettle.cli", "serve", str(family.absolute()), "--port", str(port)]
+        command += ["--variant", variant, "--threads", "1"]
+        command += ["--min-replicas", str(cores), "--max-replicas", str(cores)]
+        return _spec(command, port, "/v1/embeddings", model)
+
+    return System(f"fettle {variant}", False, model, server)
+
+
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _plain(model: Path, port: int) -> ServerSpec:
+    command = [sys.executable, "-m", "benchmarks.peers.plain_serve", "--model", str(model), "--port", str(port)]
+    return _spec(command, port, "/v1/embeddings", "minilm", PLAIN_ENVIRONMENT)
+
+
+def _infinity(peer_env: Path, engine: infinity.Engine, prepared: Path, port: int) -> ServerSpec:
+    command = infinity.command(peer_env, engine, prepared, port)
+    return _spec(command, port, "/embeddings", infinity.SERVED_NAME, infinity.environment(peer_env))
+
+
+def _spec(
+    command: Sequence[str], port: int, path: str, model: str, environment: dict[str, str] | None = None
+) -> ServerSpec:
+    probe = json.dumps({"model": model, "input": "Are you there?"}).encode()
+    return ServerSpec(command, f"http://127.0.0.1:{port}{path}", probe, environment or {})
