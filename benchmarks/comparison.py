@@ -10,13 +10,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.meter import CpuWindow
 from benchmarks.offline import Offline
 from benchmarks.systems import System
+
+WARN_OTHERS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One measured window. `cpu_s`: CPU seconds of the whole server a good reply. `bad`: replies that were not 200."""
+    """One measured window.
+
+    `cpu_s`: CPU seconds of the whole server a good reply. `bad`: replies that were not 200. `others`: the share of
+    the machine's CPU that neither the server nor the client used; above some percent the row is not to be trusted.
+    """
 
     system: str
     is_peer: bool
@@ -28,11 +35,12 @@ class Figures:
     requests: int
     bad: int
     client_cpu_s: float
+    others: float
     lowest_cosine: float
 
     @classmethod
-    def of(cls, system: System, connections: int, report: Mapping[str, Any], cpu_s: float, cosine: float) -> Figures:
-        """From a report of `benchmarks.load` and the CPU seconds that the server spent in its window.
+    def of(cls, system: System, connections: int, report: Mapping[str, Any], cpu: CpuWindow, cosine: float) -> Figures:
+        """From a report of `benchmarks.load` and the CPU seconds of its window.
 
         Raises:
             ValueError: no good reply in the window, or a reply that does not decode.
@@ -49,10 +57,11 @@ class Figures:
             report["rps"],
             report["p50_ms"],
             report["p99_ms"],
-            cpu_s / good,
+            cpu.server_s / good,
             good,
             report["requests"] - good,
             report["client_cpu_s"],
+            max(0.0, cpu.machine_s - cpu.server_s - report["client_cpu_s"]) / (cpu.cores * report["window_s"]),
             cosine,
         )
 
@@ -65,9 +74,14 @@ def medians(rows: Sequence[Figures]) -> list[Figures]:
     return [_merge(group) for group in groups.values()]
 
 
+def median_limit(limits: Sequence[Offline]) -> Offline:
+    """The limit in the middle by speed; the slower of the two in the middle of an even number."""
+    return sorted(limits, key=lambda limit: limit.rows_per_second)[(len(limits) - 1) // 2]
+
+
 def _merge(group: Sequence[Figures]) -> Figures:
     def middle(name: str) -> float:
-        return statistics.median(getattr(row, name) for row in group)
+        return float(statistics.median(getattr(row, name) for row in group))
 
     return replace(
         group[0],
@@ -76,6 +90,7 @@ def _merge(group: Sequence[Figures]) -> Figures:
         p99_ms=middle("p99_ms"),
         cpu_s=middle("cpu_s"),
         client_cpu_s=middle("client_cpu_s"),
+        others=max(row.others for row in group),
         requests=sum(row.requests for row in group),
         bad=sum(row.bad for row in group),
         lowest_cosine=min(row.lowest_cosine for row in group),
@@ -104,10 +119,12 @@ def as_object(rows: Sequence[Figures], limits: Mapping[str, Offline], failed: Ma
 
 
 def print_tables(rows: Sequence[Figures], limits: Mapping[str, Offline], failed: Mapping[str, str]) -> None:
-    console = Console(width=120)
+    console = Console(width=140)
     console.print(_served_table(rows, limits))
     if limits:
         console.print(_limit_table(limits))
+    if any(row.others > WARN_OTHERS for row in rows):
+        console.print(f"WARNING: something else took over {WARN_OTHERS:.0%} of the machine in some rows (others)")
     for name, reason in failed.items():
         console.print(f"failed: {name}: {reason}", markup=False)
 
@@ -140,6 +157,7 @@ def _served_table(rows: Sequence[Figures], limits: Mapping[str, Offline]) -> Tab
             f"{row.rps / limit.rows_per_second:.0%}" if limit else "",
             f"{row.lowest_cosine:.4f}",
             str(row.bad),
+            f"{row.others:.0%}",
         )
     return table
 

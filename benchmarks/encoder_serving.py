@@ -17,11 +17,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from benchmarks.comparison import Figures, as_object, medians, print_tables
+from benchmarks.comparison import Figures, as_object, median_limit, medians, print_tables
 from benchmarks.load import TEXTS, LoadPlan, run_apart
 from benchmarks.machine import describe_machine, machine_lines
+from benchmarks.meter import Meter
 from benchmarks.offline import Offline, offline_limit
 from benchmarks.peers import infinity
 from benchmarks.processes import Server
@@ -39,6 +40,7 @@ LOGS = Path("build/benchmark-logs")
 CHECKED_TEXTS = 24
 
 Result = TypeVar("Result")
+Parameters = ParamSpec("Parameters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +59,29 @@ class Run:
         peers = []
         for name in self.options.peers:
             say(f"prepare {name}")
-            peers.append(self.attempt(name, lambda n=name: peer_system(n, self.model, self.options.peer_env)))
+            peers.append(self.attempt(name, peer_system, name, self.model, self.options.peer_env))
         name = Family.open(self.family).name
         ours = [fettle_system(self.family, name, variant, self.cores) for variant in self.options.variants]
         return [peer for peer in peers if peer is not None] + ours
 
-    def serve_all(self) -> list[Figures]:
-        """Every system in turn, `rounds` times."""
+    def measure_all(self) -> tuple[list[Figures], dict[str, list[Offline]]]:
+        """Every system in turn, `rounds` times; each of ours with its offline limit right after it.
+
+        So a machine that slows down during the run slows both, and the share of the limit still means something.
+        """
         systems = self.systems()
         expected = reference_vectors(self.model, self.texts[:CHECKED_TEXTS])
         rows: list[Figures] = []
+        limits: dict[str, list[Offline]] = {}
         for turn in range(self.options.rounds):
             for system in systems:
                 say(f"round {turn + 1} of {self.options.rounds}: {system.name}")
-                rows += self.attempt(system.name, lambda s=system: self.serve(s, expected)) or []
-        return rows
+                rows += self.attempt(system.name, self.serve, system, expected) or []
+                if system.variant is None:
+                    continue
+                limit = self.attempt(f"{system.name} offline", self.limit, system.variant)
+                limits.setdefault(system.name, []).extend([limit] if limit else [])
+        return rows, limits
 
     def serve(self, system: System, expected: Vectors) -> list[Figures]:
         """One system from start to stop; one row for each number of connections.
@@ -85,10 +95,9 @@ class Run:
             cosine = lowest_cosine(spec.url, system.model, self.texts[: len(expected)], expected)
             rows = []
             for connections in self.options.connections:
-                cpu: list[float] = []
-                plan = self.plan(spec.url, system.model, connections)
-                report = run_apart(plan, lambda _, cpu=cpu: cpu.append(server.cpu_seconds()))
-                rows.append(Figures.of(system, connections, report, cpu[1] - cpu[0], cosine))
+                meter = Meter(server)
+                report = run_apart(self.plan(spec.url, system.model, connections), meter.read)
+                rows.append(Figures.of(system, connections, report, meter.window(self.cores), cosine))
         return rows
 
     def plan(self, url: str, model: str, connections: int) -> LoadPlan:
@@ -103,23 +112,15 @@ class Run:
             seed=given.seed,
         )
 
-    def limits(self) -> dict[str, Offline]:
-        """The offline limit of every variant of ours, by the name of its system."""
-        found = {}
-        sample = self.texts[: self.options.offline_rows]
-        for variant in self.options.variants:
-            say(f"offline limit of {variant}")
-            limit = self.attempt(
-                f"offline {variant}", lambda v=variant: offline_limit(self.family, v, sample, self.cores)
-            )
-            if limit is not None:
-                found[f"fettle {variant}"] = limit
-        return found
+    def limit(self, variant: str) -> Offline:
+        return offline_limit(self.family, variant, self.texts[: self.options.offline_rows], self.cores)
 
-    def attempt(self, name: str, work: Callable[[], Result]) -> Result | None:
-        """What `work()` returns; or None, with the reason kept in `failed`."""
+    def attempt(
+        self, name: str, work: Callable[Parameters, Result], *given: Parameters.args, **named: Parameters.kwargs
+    ) -> Result | None:
+        """What `work` returns for what it is given; or None, with the reason kept in `failed`."""
         try:
-            return work()
+            return work(*given, **named)
         except (FettleError, RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
             say(f"{name} failed: {error}")
             self.failed[name] = str(error).splitlines()[0]
@@ -135,8 +136,9 @@ def main() -> None:
     family = options.family or make_family(model)
     texts = shuffled(read_texts(options.texts), options.seed)
     run = Run(options, model, family, machine["cores"], texts, failed={})
-    limits = run.limits()
-    rows = medians(run.serve_all())
+    figures, tried = run.measure_all()
+    rows = medians(figures)
+    limits = {name: median_limit(found) for name, found in tried.items() if found}
     if not options.json:
         print_tables(rows, limits, run.failed)
     head = {"benchmark": "encoder_serving", "hardware": machine, "settings": settings(options)}

@@ -23,22 +23,29 @@ PLAIN_ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """`server` makes the specification for a port; `model` is what a request calls the model."""
+    """`server` makes the specification for a port; `model` is what a request calls the model.
+
+    `variant` is set for a system of ours, and None for a peer.
+    """
 
     name: str
-    is_peer: bool
     model: str
     server: Callable[[int], ServerSpec]
+    variant: str | None = None
+
+    @property
+    def is_peer(self) -> bool:
+        return self.variant is None
 
 
 def peer_system(name: str, model: Path, peer_env: Path) -> System:
     """A peer by its name in `PEERS`; Infinity's environment and model files are made first if they are missing."""
     if name == "plain":
-        return System(name, True, "minilm", lambda port: _plain(model, port))
+        return System(name, "minilm", lambda port: _plain(model, port))
     engine = next(engine for engine in infinity.ENGINES if f"infinity-{engine}" == name)
     infinity.make_environment(peer_env)
     prepared = infinity.prepare_model(peer_env, engine, model)
-    return System(name, True, infinity.SERVED_NAME, lambda port: _infinity(peer_env, engine, prepared, port))
+    return System(name, infinity.SERVED_NAME, lambda port: _infinity(peer_env, engine, prepared, port))
 
 
 def fettle_system(family: Path, family_name: str, variant: str, cores: int) -> System:
@@ -51,7 +58,7 @@ def fettle_system(family: Path, family_name: str, variant: str, cores: int) -> S
         command += ["--min-replicas", str(cores), "--max-replicas", str(cores)]
         return _spec(command, port, "/v1/embeddings", model)
 
-    return System(f"fettle {variant}", False, model, server)
+    return System(f"fettle {variant}", model, server, variant)
 
 
 def free_port() -> int:

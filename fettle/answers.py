@@ -21,12 +21,11 @@ REGRESSION_TOLERANCE = 0.05
 def probabilities(values: Floats, task: Task) -> Floats:
     """Logits float32 [rows, width] to scores: softmax, sigmoid for each label, or the numbers themselves."""
     if task.head is Head.SINGLE_LABEL:
-        shifted: Floats = np.exp(values - values.max(axis=1, keepdims=True))
+        shifted = np.exp(values - values.max(axis=1, keepdims=True))
         return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
     if task.head is Head.MULTI_LABEL:
         # By tanh, since exp(-x) overflows for large negative logits.
-        sigmoids: Floats = (np.tanh(values / 2) + 1) / 2
-        return sigmoids
+        return np.asarray((np.tanh(values / 2) + 1) / 2, np.float32)
     return values
 
 

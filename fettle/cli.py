@@ -95,6 +95,7 @@ def optimize(
     threads: Annotated[int, typer.Option(help="Threads of one engine, as it will be served.")] = 1,
     max_rows: Annotated[int, typer.Option(help="Rows of test that quality is measured on, at most.")] = 2000,
     seed: Annotated[int, typer.Option(help="Decides the split of --data and the choice of rows.")] = 0,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure again what was measured before.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a family of measured variants of a model.
@@ -121,6 +122,7 @@ def optimize(
         recipes=recipe or None,
         threads=threads,
         max_rows=max_rows,
+        remeasure=remeasure,
         seed=seed,
     )
     progress = _progress()

@@ -52,6 +52,7 @@ class OptimizeConfig(Settings):
     recipes: list[Identifier] | None = Field(default=None, description="variant ids to build; all if None")
     threads: int = Field(default=1, ge=1, description="threads of one engine while measuring, as it will be served")
     max_rows: int = Field(default=2000, ge=16, description="rows of `test` used for quality")
+    remeasure: bool = Field(default=False, description="measure again what was measured, e.g. on a busy machine")
     seed: int = 0
 
 
@@ -120,6 +121,8 @@ class ServeConfig(Settings):
     def short_form(cls, value: object) -> object:
         """`family=DIR` (or several, separated by commas) stands for `families`."""
         if isinstance(value, dict) and "family" in value:
+            if "families" in value:
+                raise ValueError("give either family or families")
             rest = {key: item for key, item in value.items() if key != "family"}
             return {"families": [{"path": path} for path in str(value["family"]).split(",")], **rest}
         return value

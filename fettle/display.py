@@ -73,10 +73,11 @@ def print_table(family: Family, console: Console | None = None) -> None:
 def _table(family: Family, rows: list[dict[str, Any]]) -> Table:
     metric = next((_figure(row)[0] for row in rows if _figure(row)[0]), None)
     title = f"{family.name}: {_task_in_words(family)}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Narrow enough for 80 columns.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("variant", no_wrap=True)
     table.add_column("runtime", no_wrap=True)
-    for column in ("MB", "RAM MB", "ms at batch 1", "best rows/s", "same answers", "invariant", metric):
+    for column in ("MB", "ms at batch 1", "best rows/s", "same answers", "invariant", metric):
         if column is not None:
             table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for row in rows:
@@ -90,7 +91,6 @@ def _cells(row: dict[str, Any], mark: str, metric: str | None) -> list[str]:
     if not row["measured"]:
         return [*cells, "not measured"]
     cells += [
-        _megabytes(row["peak_memory_bytes"]),
         f"{row['ms_at_batch_1']:.1f}",
         f"{row['best_rows_per_second']:.0f}",
         f"{row['same_answers']:.2%}",

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 from pydantic import JsonValue
 
 from fettle.errors import PassError
@@ -42,6 +43,7 @@ def export_onnx(reference: Reference, path: Path, sample: Rows) -> dict[str, Jso
     try:
         with quiet():
             _trace(reference, path)
+        _repeat_rotary(path)
     except Exception as error:
         # The exporter raises whatever the model's code happens to raise under tracing.
         raise PassError(f"torch.onnx.export failed on {reference.source.architecture}: {_line(error)}") from error
@@ -63,11 +65,51 @@ def _trace(reference: Reference, path: Path) -> None:
         opset_version=OPSET,
         input_names=names,
         output_names=["values"],
-        dynamic_shapes={name: axes for name in names},
+        dynamic_shapes=dict.fromkeys(names, axes),
         verbose=False,
     )
-    assert program is not None
-    program.save(str(path), external_data=False)
+    if program is None:
+        raise PassError("torch.onnx.export returned nothing")
+    program.save(str(path))
+
+
+def _repeat_rotary(path: Path) -> None:
+    """Give every row its own rotary angles.
+
+    The operator wants [batch, length, size / 2]; the exporter leaves the [1, length, size / 2] of the model's code,
+    which torch broadcasts and ONNX Runtime refuses.
+    """
+    model = onnx.load(path)
+    rotary = [node for node in model.graph.node if node.op_type == "RotaryEmbedding" and len(node.input) == 3]
+    if not rotary:
+        return
+    ones = numpy_helper.from_array(np.ones(2, np.int64), "rotary_ones")
+    model.graph.initializer.append(ones)
+    added = [
+        helper.make_node("Shape", ["input_ids"], ["rotary_batch"], start=0, end=1),
+        helper.make_node("Concat", ["rotary_batch", "rotary_ones"], ["rotary_shape"], axis=0),
+    ]
+    nodes = []
+    for node in model.graph.node:
+        if node in rotary:
+            for place in (1, 2):
+                wide = f"{node.output[0]}_angles_{place}"
+                nodes.append(helper.make_node("Expand", [node.input[place], "rotary_shape"], [wide]))
+                node.input[place] = wide
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(added + nodes)
+    save_graph(model, path)
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """One file; protobuf allows 2 GB, and what is larger keeps its weights in a second file beside it."""
+    if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
+        onnx.save(model, path)
+    else:
+        # onnx appends to a data file that is there already.
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
 
 
 def input_names(spec: TokenizerSpec) -> list[str]:
@@ -115,7 +157,8 @@ def _check_against_torch(reference: Reference, path: Path, sample: Rows) -> floa
         raise PassError(f"ONNX Runtime does not run the exported graph: {_line(error)}") from error
     if difference > TOLERANCE:
         raise PassError(
-            f"the exported graph's values differ from torch's by {difference:.2g}, more than the tolerance {TOLERANCE:g}"
+            f"the exported graph's values differ from torch's by {difference:.2g}, "
+            f"more than the tolerance {TOLERANCE:g}"
         )
     return difference
 

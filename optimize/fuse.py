@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from fettle.errors import PassError
 from fettle.manifest import TokenizerSpec
 from fettle.rows import Rows
-from optimize.export import check_batches, largest_difference, run_graph
+from optimize.export import check_batches, largest_difference, run_graph, save_graph
 
 HEADS_FIRST = [0, 2, 1, 3]
 MICROSOFT = "com.microsoft"
@@ -169,11 +169,3 @@ def _drop_unused(model: onnx.ModelProto) -> None:
     model.graph.node.extend(reversed(kept))
     del model.graph.initializer[:]
     model.graph.initializer.extend(weights)
-
-
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """One file; protobuf allows 2 GB, and what is larger keeps its weights in a second file beside it."""
-    if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
-        onnx.save(model, path)
-    else:
-        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")

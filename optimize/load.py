@@ -7,6 +7,7 @@ reads no pickle. What it cannot serve faithfully it refuses, by name.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import JsonValue
+from safetensors import SafetensorError
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers
 from torch import nn
@@ -30,6 +32,7 @@ from workers.torch_encoder import Scorer, build_scorer
 Pooling = Literal["mean", "cls", "max"]
 WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 UNWANTED_FILES = ["onnx/*", "openvino/*", "checkpoint-*"]
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 # Above this, a tokenizer's `model_max_length` is transformers' way to say that nobody set it.
 SANE_LENGTH = 1_000_000
@@ -162,8 +165,8 @@ def _check_weights(directory: Path) -> None:
     pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
     if pickles:
         raise ModelError(
-            f"{directory} has its weights only as pickle ({pickles[0]}), which can run code when it is read; convert it "
-            "with `AutoModel...from_pretrained(...).save_pretrained(...)` where you trust it, and give the new directory"
+            f"{directory} has its weights only as pickle ({pickles[0]}), which can run code when it is read; convert "
+            "it with `AutoModel...from_pretrained(...).save_pretrained(...)` if you trust it, and give that directory"
         )
     raise ModelError(f"{directory} has no weights (model.safetensors); copy them there or download the model again")
 
@@ -271,8 +274,8 @@ def _scorer(directory: Path, task: Task) -> Scorer:
     transformers_logging.set_verbosity_error()
     try:
         scorer, report = build_scorer(directory, task, torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{directory}: transformers cannot load the weights ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{directory}: transformers cannot load the weights ({_line(error)})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = sorted(set(report["missing_keys"]) | {str(key) for key in report["mismatched_keys"]})
@@ -290,6 +293,9 @@ def _scorer(directory: Path, task: Task) -> Scorer:
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    # Without any of these transformers makes up a tokenizer that knows no words.
+    if not any(file for pattern in VOCABULARIES for file in directory.glob(pattern)):
+        raise ModelError(f"{directory} has no tokenizer (tokenizer.json); save it there with `save_pretrained`")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
@@ -308,7 +314,7 @@ def _tokenizer_spec(
     layout: Layout,
     notes: dict[str, JsonValue],
 ) -> TokenizerSpec:
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = cast(Any, model).get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise ModelError(
             f"{layout.directory}: the tokenizer knows {len(tokenizer)} tokens, the model only {vocabulary}; "
@@ -322,7 +328,7 @@ def _tokenizer_spec(
         max_length=min(sane),
         vocabulary=vocabulary,
         pad_id=_pad_id(tokenizer, config, layout.directory, notes),
-        segments=bool(getattr(config, "type_vocab_size", 0) > 1) and "token_type_ids" in _parameters(model),
+        segments=bool(getattr(config, "type_vocab_size", 0) > 1) and "token_type_ids" in _arguments(model),
     )
 
 
@@ -352,14 +358,9 @@ def _pad_id(
     return int(substitute)
 
 
-def _parameters(model: nn.Module) -> list[str]:
-    code = type(model).forward.__code__
-    # transformers wraps `forward` in decorators, so unwrap to see its own arguments.
-    function = type(model).forward
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-        code = function.__code__
-    return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+def _arguments(model: nn.Module) -> list[str]:
+    # Follows `__wrapped__` through the decorators that transformers puts around `forward`.
+    return list(inspect.signature(type(model).forward).parameters)
 
 
 def _tokenizer_json(tokenizer: PreTrainedTokenizerBase, layout: Layout) -> bytes:

@@ -33,7 +33,7 @@ from fettle.manifest import (
     TaskKind,
 )
 from fettle.rows import Row, Rows
-from optimize.data import Targets
+from optimize.labels import Targets
 from optimize.trial import (
     OUTPUTS_FILE,
     REQUEST_FILE,
@@ -54,6 +54,7 @@ SHORTEST = 16
 LATENCY_SECONDS = 10.0
 # Of the largest output value. Float32 kernels differ by 1e-6 or so between batch shapes; bfloat16 by 1e-2.
 INVARIANCE_TOLERANCE = 1e-4
+SMALLEST_TOLERANCE = 1e-12
 
 Report = Callable[[float], None]
 
@@ -159,13 +160,13 @@ def batch_invariance(alone: Floats, mixed: Floats, task: Task, batch: int) -> Ba
     """Compare the same rows' values [rows, width] alone and in mixed batches."""
     same = mixed[: len(alone)]
     difference = float(np.abs(alone - same).max())
-    tolerance = max(INVARIANCE_TOLERANCE * float(np.abs(mixed).max()), np.finfo(np.float32).tiny)
+    tolerance = max(INVARIANCE_TOLERANCE * float(np.abs(mixed).max()), SMALLEST_TOLERANCE)
     return BatchInvariance(
         rows=len(alone),
         batch=batch,
         changed=float(disagreements(alone, same, task).mean()),
         max_difference=difference,
-        tolerance=float(tolerance),
+        tolerance=tolerance,
         invariant=difference <= tolerance,
     )
 
@@ -196,7 +197,7 @@ def _spearman(answers: Floats, truth: NDArray[Any]) -> tuple[str | None, float |
     # Undefined where either side is constant.
     if len(truth) < 2 or np.ptp(answers) == 0 or np.ptp(truth) == 0:
         return None, None
-    return "Spearman correlation", float(spearmanr(answers, truth).statistic)
+    return "Spearman", float(spearmanr(answers, truth).statistic)
 
 
 def _run_child(folder: Path, report: Report) -> None:

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
-from pydantic import JsonValue
 
 from fettle import __version__
-from fettle.answers import Floats
 from fettle.config import OptimizeConfig
 from fettle.errors import FamilyError, PassError
 from fettle.family import (
@@ -50,7 +48,8 @@ from fettle.rows import Row, Rows
 from fettle.store import locked, new_directory, remove_leftovers, sha256_bytes, write_atomic
 from fettle.tokenizer import Tokenizer
 from optimize import hardware, measure, recipes
-from optimize.data import Splits, Targets, load_splits, map_labels
+from optimize.data import Splits, load_splits
+from optimize.labels import Targets, map_labels
 from optimize.progress import Progress
 from optimize.recipes import Bench, Pass, Recipe
 
@@ -61,6 +60,8 @@ READ, LOAD, REFERENCE_ANSWERS = "read the data", "load the model", "answers of t
 EXPECTED_SECONDS = {READ: 1.0, LOAD: 8.0, REFERENCE_ANSWERS: 15.0}
 MEASURE_SECONDS = 45.0
 SAMPLE_ROWS = 8
+# Other programs at work on this much of the machine make the measured latencies too high.
+QUIET = 0.2
 # No later step can succeed where one of these stopped an earlier one.
 FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -139,9 +140,16 @@ class Work:
         return targets
 
     @cached_property
-    def answers(self) -> Floats:
+    def exam(self) -> measure.Exam:
         with self.progress.step(REFERENCE_ANSWERS) as report:
-            return measure.reference_values(self.reference, self.rows, report)
+            answers = measure.reference_values(self.reference, self.rows, report)
+        busy = hardware.busy_share()
+        if busy > QUIET:
+            self.progress.warn(
+                f"other programs keep {busy:.0%} of the processors busy, so the latencies will come out too high; "
+                "repeat with --remeasure when the machine is quiet"
+            )
+        return measure.Exam(self.reference.task, self.rows, answers, self.targets, self.config.threads, self.hardware)
 
     # Building.
 
@@ -205,7 +213,7 @@ class Work:
             schema=SCHEMA_VERSION,
             source=self.reference.source.sha256,
             task=self.reference.task.model_dump(mode="json"),
-            recipe=[recipe.id, *([step.name, step.parameters] for step in recipe.passes)],
+            recipe=[recipe.id, [[step.name, step.parameters] for step in recipe.passes]],
             parent=parent.fingerprint if parent else None,
             libraries=self.hardware.versions,
         )
@@ -228,12 +236,11 @@ class Work:
         step = _measure_step(manifest.id)
         directory = variant_directory(self.config.out, manifest.id)
         fingerprint = self._measure_fingerprint(manifest)
-        if manifest.measured is not None and manifest.measured.fingerprint == fingerprint:
+        done = manifest.measured is not None and manifest.measured.fingerprint == fingerprint
+        if done and not self.config.remeasure:
             self.progress.skip(step, "already done")
             return manifest, sha256_bytes((directory / MANIFEST_FILE).read_bytes())
-        exam = measure.Exam(
-            self.reference.task, self.rows, self.answers, self.targets, self.config.threads, self.hardware
-        )
+        exam = self.exam
         with self.progress.step(step) as report:
             found = measure.measure(directory, exam, fingerprint, report)
         resources = Resources(cpus=self.config.threads, memory_bytes=found.peak_memory_bytes)
@@ -343,8 +350,8 @@ def default_name(model: str) -> str:
     return cleaned.lstrip("._-")[:64] or "model"
 
 
-def fingerprint_of(**parts: JsonValue) -> str:
-    """Hex SHA-256 over named values."""
+def fingerprint_of(**parts: object) -> str:
+    """Hex SHA-256 over named values, each of which is plain JSON."""
     return sha256_bytes(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
 

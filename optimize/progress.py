@@ -14,6 +14,7 @@ from rich import progress as bars
 from rich.console import Console
 
 STEPS = 1000
+TRUST_SECONDS = 10.0
 
 
 class Progress:
@@ -92,7 +93,8 @@ class Progress:
         left = {name: seconds for name, seconds in self._expected.items() if name not in self._finished}
         if step in left:
             left[step] *= 1 - done
-        pace = self._spent / self._foreseen if self._foreseen else 1.0
+        # The first steps are short and say little, so the guesses keep some weight.
+        pace = (self._spent + TRUST_SECONDS) / (self._foreseen + TRUST_SECONDS)
         return sum(left.values()) * pace
 
     def _end(self, name: str, outcome: str) -> None:

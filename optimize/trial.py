@@ -107,7 +107,7 @@ def _answers(engine: Engine, rows: list[Row], batch: int, report: Report) -> Flo
 
 
 def _latencies(engine: Engine, rows: list[Row], request: TrialRequest, report: Report) -> list[LatencyCell]:
-    """Small cells first. A cell that cannot be timed within what is left of the budget is left out."""
+    """Small cells first. From the cell on that cannot be timed within what is left of the budget, all are left out."""
     tokens = np.concatenate([row.ids for row in rows])
     shapes = sorted(
         ((batch, length) for batch in request.batches for length in request.lengths), key=lambda shape: np.prod(shape)
@@ -117,18 +117,21 @@ def _latencies(engine: Engine, rows: list[Row], request: TrialRequest, report: R
     cells: list[LatencyCell] = []
     for index, (batch, length) in enumerate(shapes):
         left = deadline - time.perf_counter()
-        predicted = cells[-1].median_ms / 1000 * work[index] / (cells[-1].batch * cells[-1].length) if cells else 0.0
-        if predicted * (MINIMUM_CALLS + 1) > left:
+        if cells and _predicted_seconds(cells[-1], work[index]) * (MINIMUM_CALLS + 1) > left:
             break
         cells.append(_timed(engine, _filled(tokens, batch, length), left * work[index] / sum(work[index:])))
         report((index + 1) / len(shapes))
     return cells
 
 
+def _predicted_seconds(cell: LatencyCell, tokens: int) -> float:
+    return cell.median_ms / 1000 * tokens / (cell.batch * cell.length)
+
+
 def _timed(engine: Engine, rows: Rows, seconds: float) -> LatencyCell:
     """One call to warm up, then as many as fit into `seconds`, within bounds."""
     first = _call_ms(engine, rows)
-    calls = int(np.clip(seconds * 1000 / first - 1, MINIMUM_CALLS, MAXIMUM_CALLS))
+    calls = int(np.clip(seconds * 1000 / first, MINIMUM_CALLS, MAXIMUM_CALLS))
     times = [_call_ms(engine, rows) for _ in range(calls)]
     median, p95 = np.percentile(times, (50, 95))
     return LatencyCell(batch=len(rows), length=rows.longest, median_ms=float(median), p95_ms=float(p95))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig
+from fettle.config import BatchConfig, FamilyConfig, ReplicaConfig, ServeConfig
 from tests.fakes import FakeVariant, classify_task, embed_task, make_fake_family, token_id
 from tests.integration.service import Service, service
 
@@ -29,6 +29,7 @@ VARIANTS = {
     ],
     "emb": [FakeVariant("int8", ms_per_call=2, ms_per_token=0.02), FakeVariant("slow", ms_per_call=5, ms_per_token=2)],
 }
+MAX_QUEUE_S = 1.0
 TASKS = {"sections": classify_task(), "emb": embed_task(16)}
 
 
@@ -46,7 +47,11 @@ def one_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         FamilyConfig(path=str(where / name), variants=[variant.id for variant in variants])
         for name, variants in VARIANTS.items()
     ]
-    config = ServeConfig(families=families, replicas=ReplicaConfig(min_replicas=2, max_replicas=2))
+    config = ServeConfig(
+        families=families,
+        replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
+        batch=BatchConfig(max_queue_s=MAX_QUEUE_S),
+    )
     with service(config, where / "log") as running:
         yield running
 

@@ -67,6 +67,7 @@ def install(patch: pytest.MonkeyPatch, plan: Sequence[Recipe], *, in_process: bo
     patch.setattr(recipes, "chosen", lambda wanted: [item for item in plan if wanted is None or item.id in wanted])
     patch.setattr(recipes, "unavailable", list)
     patch.setattr(hardware, "describe", lambda: fakes.HARDWARE)
+    patch.setattr(hardware, "busy_share", lambda: 0.0)
     patch.setattr(measure, "reference_values", _reference_values)
     patch.setattr(measure, "LATENCY_SECONDS", 0.05)
     if in_process:

@@ -81,7 +81,7 @@ class OnnxEncoder:
         if self._typed:
             feed["token_type_ids"] = types
         try:
-            (values,) = session.run(["values"], feed)
+            values: NDArray[np.float32] = session.run(["values"], feed)[0]
         except ORT_ERRORS as error:
             raise EngineError(
                 f"ONNX Runtime failed on a batch of {len(rows)} rows of up to {rows.longest} tokens"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -41,7 +42,8 @@ class Scorer(nn.Module):
             inputs["token_type_ids"] = token_type_ids
         output = self.model(**inputs)
         if self.task.kind is TaskKind.CLASSIFY:
-            return output.logits.float()
+            logits: Tensor = output.logits
+            return logits.float()
         # Pooled in float32: a mean over a few hundred half-precision terms loses digits.
         vectors = pooled(output.last_hidden_state.float(), attention_mask, self.task.pooling or "mean")
         return nn.functional.normalize(vectors, dim=-1) if self.task.normalized else vectors
@@ -97,9 +99,10 @@ class TorchEncoder:
             torch.set_num_threads(options.threads)
         try:
             scorer, _ = build_scorer(directory, manifest.task, DTYPES[manifest.precision])
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise FamilyError(
-                f"{directory}: transformers cannot load this variant ({_first_line(error)}); run `fettle optimize` again"
+                f"{directory}: transformers cannot load this variant ({_first_line(error)}); "
+                "run `fettle optimize` again"
             ) from error
         self._scorer: Scorer | None = scorer.to(self._device)
 

@@ -17,13 +17,16 @@ from optimum.exporters.onnx import main_export
 from optimum.onnxruntime import ORTQuantizer
 from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
-# Optimum 1.24 was written for the exporter that torch 2.9 stopped using unless asked; what it writes then does not run
-# without onnxscript.
-torch.onnx.export = functools.partial(torch.onnx.export, dynamo=False)
 
-model, out, instructions = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-main_export(model, out, task="feature-extraction", library_name="transformers")
-config = getattr(AutoQuantizationConfig, instructions)(is_static=False, per_channel=True)
-# Infinity prefers a file with "quantize" in its name, which is what this one is given.
-ORTQuantizer.from_pretrained(out, file_name="model.onnx").quantize(config, save_dir=out)
-(out / "model.onnx").unlink()  # leaves no doubt about which file is served
+def main(model: str, out: Path, instructions: str) -> None:
+    # Optimum 1.24 was written for the exporter that torch no longer uses unless asked; the newer one wants onnxscript.
+    torch.onnx.export = functools.partial(torch.onnx.export, dynamo=False)
+    main_export(model, out, task="feature-extraction", library_name="transformers")
+    config = getattr(AutoQuantizationConfig, instructions)(is_static=False, per_channel=True)
+    # Writes model_quantized.onnx; Infinity prefers a file with "quantize" in its name.
+    ORTQuantizer.from_pretrained(out, file_name="model.onnx").quantize(config, save_dir=out)
+    (out / "model.onnx").unlink()  # leaves no doubt about which file is served
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

@@ -34,6 +34,7 @@ PINS = (
     "pyarrow<19",
     "datasets<4",
     "onnx",
+    "torch<2.14",  # as ours, so that no torch is newer than the other
 )
 # What each engine adds to the common options. LOG.md has what else was tried: these were the fastest.
 OPTIONS: Mapping[Engine, Sequence[str]] = {
@@ -75,8 +76,8 @@ def prepare_model(directory: Path, engine: Engine, model: Path) -> Path:
         shutil.copytree(model, working, dirs_exist_ok=True)
     else:
         script = Path(__file__).with_name("export_int8.py")
-        command = [directory / "bin/python", script, model, working, instructions()]
-        subprocess.run(command, check=True, env={**os.environ, **OFFLINE}, stdout=subprocess.DEVNULL)
+        line = map(str, [directory / "bin/python", script, model, working, instructions()])
+        subprocess.run(list(line), check=True, env={**os.environ, **OFFLINE}, stdout=subprocess.DEVNULL)
     return working.rename(out)
 
 

@@ -16,6 +16,7 @@ import pytest
 from fettle.config import OptimizeConfig
 from fettle.family import Family
 from fettle.store import TEMPORARY
+from optimize import measure
 from optimize.recipes import REFERENCE as REFERENCE_ID
 from tests.fake_optimize import REFERENCE, config_for, fake_pass, fake_recipe, install, run, write_data
 from tests.fakes import tokenizer_json
@@ -67,13 +68,14 @@ def check_whole(family: Family) -> None:
 
 @pytest.mark.parametrize("again", [False, True], ids=["a new family", "a family that changes"])
 def test_killed_at_every_touch_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
-    write_data(tmp_path / "data.jsonl")
+    write_data(tmp_path / "data.jsonl", 200)
     for touch in range(1, ENOUGH):
         config = config_for(tmp_path, out=tmp_path / f"family-{touch}")
         if again:
             install(monkeypatch, FIRST_PLAN)
             run(config)
         install(monkeypatch, SECOND_PLAN)
+        monkeypatch.setattr(measure, "LATENCY_SECONDS", 0.0)
         killed = killed_at(touch, config)
         check_whole(run(config))
         if not killed:

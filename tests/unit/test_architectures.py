@@ -23,8 +23,8 @@ from workers.onnx_encoder import OnnxEncoder
 from workers.torch_encoder import TorchEncoder
 
 TOLERANCE = 2e-5
-# Rotary embeddings sit between the projections and the heads, and DeBERTa's attention is not plain attention.
-NOT_FUSED = {"modernbert", "deberta-v2"}
+# Rotary embeddings sit between the projections and the heads; DeBERTa and MPNet have relative positions of their own.
+NOT_FUSED = {"modernbert", "deberta-v2", "mpnet"}
 LENGTHS = [1, 2, 19, 36, 7, 36, 11, 3]
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fettle.config import DataFiles
 from fettle.errors import DataError
 from fettle.manifest import Head, Task, TaskKind
-from optimize.data import SHARES, load_splits, map_labels, read_table
+from optimize.data import SHARES, load_splits, read_table
+from optimize.labels import map_labels
 from tests.fakes import classify_task
 
 SINGLE = classify_task(["red", "green", "blue"])

@@ -12,7 +12,7 @@ from fettle.family import write_manifest
 from fettle.manifest import Head, PassRecord, Task, TaskKind, VariantManifest
 from fettle.rows import Row
 from optimize import measure
-from optimize.data import Targets
+from optimize.labels import Targets
 from optimize.trial import load_rows, peak_memory_bytes, save_rows
 from tests.fakes import HARDWARE, classify_task, embed_task, tokenizer_spec
 from workers.fake import expected
@@ -95,7 +95,7 @@ def test_spearman_sees_order_only_and_is_undefined_for_constants() -> None:
     task = Task(kind=TaskKind.CLASSIFY, head=Head.REGRESSION, width=1)
     truth = Targets(np.ones(4, np.bool_), np.array([1.0, 2.0, 3.0, 4.0]), None)
     name, score = measure.task_metric(floats([1], [10], [100], [1000]), truth, task)
-    assert name == "Spearman correlation"
+    assert name == "Spearman"
     assert score == pytest.approx(1.0)
     assert measure.task_metric(floats([1], [1], [1], [1]), truth, task) == (None, None)
 

@@ -63,7 +63,13 @@ def save_tokenizer(directory: Path, *, pad: bool = True, max_length: int | None 
     names = {"pad_token": "<pad>"} if pad else {}
     limit = {} if max_length is None else {"model_max_length": max_length}
     hf.PreTrainedTokenizerFast(
-        tokenizer_object=fast, unk_token="<unk>", cls_token="<s>", sep_token="</s>", mask_token="<mask>", **names, **limit
+        tokenizer_object=fast,
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
+        mask_token="<mask>",
+        **names,
+        **limit,
     ).save_pretrained(directory)
 
 
@@ -109,7 +115,9 @@ def sentence_transformer(
     ]
     names = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}
     settings = (
-        {f"pooling_mode_{key}": mode == pooling for mode, key in names.items()} if old_keys else {"pooling_mode": pooling}
+        {f"pooling_mode_{key}": mode == pooling for mode, key in names.items()}
+        if old_keys
+        else {"pooling_mode": pooling}
     )
     (directory / "1_Pooling").mkdir()
     write_json(directory / "modules.json", modules)

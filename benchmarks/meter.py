@@ -1,0 +1,39 @@
+"""CPU seconds in one measured window: of the server under test, and of the whole machine, so that others show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from benchmarks.processes import Server
+
+
+@dataclass(frozen=True, slots=True)
+class CpuWindow:
+    """CPU seconds in one measured window: of the server, and of the whole machine with its `cores`."""
+
+    server_s: float
+    machine_s: float
+    cores: int
+
+
+class Meter:
+    """Reads the CPU clocks of a server and of the machine when the load client says that a window opens or closes."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._seen: list[tuple[float, float]] = []
+
+    def read(self, _: str) -> None:
+        self._seen.append((self._server.cpu_seconds(), busy_seconds()))
+
+    def window(self, cores: int) -> CpuWindow:
+        (server_open, machine_open), (server_closed, machine_closed) = self._seen
+        return CpuWindow(server_closed - server_open, machine_closed - machine_open, cores)
+
+
+def busy_seconds() -> float:
+    """CPU seconds that the whole machine has spent on anything since it started; what the hypervisor took included."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
