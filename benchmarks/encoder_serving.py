@@ -27,7 +27,7 @@ from benchmarks.offline import Offline, offline_limit
 from benchmarks.peers import infinity
 from benchmarks.processes import Server
 from benchmarks.reference import Vectors, lowest_cosine, reference_vectors
-from benchmarks.systems import PEERS, System, fettle_system, free_port, peer_system
+from benchmarks.systems import ALL_PEERS, PEERS, System, fettle_system, free_port, peer_system
 from benchmarks.traffic import read_texts, shuffled
 from fettle.errors import FettleError
 from fettle.family import Family
@@ -175,9 +175,9 @@ def integers(text: str) -> list[int]:
 
 
 def peer_names(text: str) -> list[str]:
-    unknown = sorted(set(names(text)) - set(PEERS))
+    unknown = sorted(set(names(text)) - set(ALL_PEERS))
     if unknown:
-        raise argparse.ArgumentTypeError(f"no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
+        raise argparse.ArgumentTypeError(f"no peer {unknown[0]!r}; there are {', '.join(ALL_PEERS)}")
     return names(text)
 
 

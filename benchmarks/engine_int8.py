@@ -99,6 +99,10 @@ def torch_vectors(reference: Reference, batches: list[Rows]) -> Floats:
     return np.concatenate(parts)
 
 
+def answers(engine: OnnxEncoder, batches: list[Rows]) -> Floats:
+    return np.concatenate([engine.run(batch).values for batch in batches])
+
+
 def cpu_seconds(engine: OnnxEncoder, batches: list[Rows]) -> float:
     started = time.process_time()
     for batch in batches:
@@ -120,9 +124,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as name:
         results, tokens = compare(Path(name), cases, arguments)
-    print(
-        f"\nall-MiniLM-L6-v2, {arguments.texts} texts, {tokens:.1f} tokens a text, batches of {arguments.rows}, 1 thread"
-    )
+    print(f"\n{arguments.texts} texts of {tokens:.1f} tokens on average, batches of {arguments.rows}, one thread")
     print(f"{'case':34} {'CPU s / 1,000 texts':>20} {'cosine min':>11} {'mean':>9} {'MB':>6}")
     for case, figures in results.items():
         print(
@@ -143,9 +145,7 @@ def compare(
     build_graphs(reference, folder, Rows.of(rows[:8]))
     truth = torch_vectors(reference, batches)
     engines = {case: open_case(case, folder, reference) for case in cases}
-    vectors = {
-        case: np.concatenate([engine.run(batch).values for batch in batches]) for case, engine in engines.items()
-    }
+    vectors = {case: answers(engine, batches) for case, engine in engines.items()}
     times: dict[Case, list[float]] = {case: [] for case in cases}
     for _ in range(arguments.rounds):
         for case, engine in engines.items():

@@ -12,7 +12,8 @@ from pathlib import Path
 from benchmarks.peers import infinity
 from benchmarks.processes import ServerSpec
 
-PEERS = ("plain", "infinity-torch", "infinity-torch-bf16", "infinity-int8")
+ALL_PEERS = ("plain", *(f"infinity-{name}" for name in infinity.SETTINGS))
+PEERS = ("plain", *(f"infinity-{name}" for name in infinity.FASTEST))
 # Serve's start fails on a busy small machine without the first two; the last keeps a benchmark to itself.
 PLAIN_ENVIRONMENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
@@ -39,13 +40,13 @@ class System:
 
 
 def peer_system(name: str, model: Path, peer_env: Path) -> System:
-    """A peer by its name in `PEERS`; Infinity's environment and model files are made first if they are missing."""
+    """A peer by its name in `ALL_PEERS`; Infinity's environment and model files are made first if they are missing."""
     if name == "plain":
         return System(name, "minilm", lambda port: _plain(model, port))
-    engine = next(engine for engine in infinity.ENGINES if f"infinity-{engine}" == name)
+    setting = infinity.SETTINGS[name.removeprefix("infinity-")]
     infinity.make_environment(peer_env)
-    prepared = infinity.prepare_model(peer_env, engine, model)
-    return System(name, infinity.SERVED_NAME, lambda port: _infinity(peer_env, engine, prepared, port))
+    prepared = infinity.prepare_model(peer_env, setting, model)
+    return System(name, infinity.SERVED_NAME, lambda port: _infinity(peer_env, setting, prepared, port))
 
 
 def fettle_system(family: Path, family_name: str, variant: str, cores: int) -> System:
@@ -73,9 +74,9 @@ def _plain(model: Path, port: int) -> ServerSpec:
     return _spec(command, port, "/v1/embeddings", "minilm", PLAIN_ENVIRONMENT)
 
 
-def _infinity(peer_env: Path, engine: infinity.Engine, prepared: Path, port: int) -> ServerSpec:
-    command = infinity.command(peer_env, engine, prepared, port)
-    return _spec(command, port, "/embeddings", infinity.SERVED_NAME, infinity.environment(peer_env))
+def _infinity(peer_env: Path, setting: infinity.Setting, prepared: Path, port: int) -> ServerSpec:
+    command = infinity.command(peer_env, setting, prepared, port)
+    return _spec(command, port, "/embeddings", infinity.SERVED_NAME, infinity.environment(peer_env, setting))
 
 
 def _spec(

@@ -163,15 +163,6 @@ class Batcher:
         except (SlotLostError, TimeoutError):
             return False
 
-    async def close(self) -> None:
-        """Cancel what is under way; every waiting client gets an UnavailableError."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for ticket in list(self._waiting.values()):
-            self._fail(ticket, UnavailableError("the service is shutting down"))
-        self._waiting.clear()
-
     def _admit(self, row: Row) -> Ticket:
         ticket = Ticket(row, self.cost.row_ms(len(row)), time.monotonic(), asyncio.get_running_loop().create_future())
         self._work_ms += ticket.cost_ms

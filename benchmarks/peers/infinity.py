@@ -4,7 +4,7 @@ Makes a virtual environment of its own from pins that work together, since Infin
 than Fettle; prepares a private copy of the model, since Infinity writes next to the model it loads; and says how
 to start the server. Nothing is fetched but packages.
 
-    python -m benchmarks.peers.infinity --engine int8 --model DIR --port 8000
+    python -m benchmarks.peers.infinity --setting int8 --model DIR --port 8000
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-Engine = Literal["torch", "torch-bf16", "int8"]
-ENGINES: tuple[Engine, ...] = ("torch", "torch-bf16", "int8")
 SERVED_NAME = "minilm"
 PEER_ENV = Path("build/peer-infinity")
 PINS = (
@@ -36,14 +34,33 @@ PINS = (
     "onnx",
     "torch<2.14",  # as ours, so that no torch is newer than the other
 )
-# What each engine adds to the common options. LOG.md has what else was tried: these were the fastest.
-OPTIONS: Mapping[Engine, Sequence[str]] = {
-    "torch": ("--engine", "torch"),
-    "torch-bf16": ("--engine", "torch", "--dtype", "bfloat16"),
-    # Infinity would run Optimum's graph optimizer over a graph that is quantized already; ONNX Runtime
-    # optimizes it at load anyway.
-    "int8": ("--engine", "optimum", "--onnx-disable-optimize"),
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How Infinity is run. Settings of one `files` serve the same files: the checkpoint, or an int8 ONNX file."""
+
+    files: str
+    options: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+_TORCH = ("--engine", "torch")
+_ONNX = ("--engine", "optimum")
+_AS_IT_IS = "--onnx-disable-optimize"
+SETTINGS: Mapping[str, Setting] = {
+    "torch": Setting("torch", _TORCH),
+    "torch-bf16": Setting("torch", (*_TORCH, "--dtype", "bfloat16")),
+    # ONNX Runtime optimizes the graph when it loads it; Infinity's own pass over a quantized graph adds nothing.
+    "int8": Setting("int8", (*_ONNX, _AS_IT_IS)),
+    # Tried to be fair to the peer, and no faster here (LOG.md). Kept, since another processor may differ.
+    "torch-sdpa": Setting("torch", (*_TORCH, "--no-bettertransformer")),
+    "torch-compile": Setting("torch", (*_TORCH, "--no-bettertransformer", "--compile")),
+    "torch-one-thread": Setting("torch", _TORCH, {"OMP_NUM_THREADS": "1"}),
+    "int8-optimized": Setting("int8-optimized", _ONNX),  # files of its own: Infinity writes the result beside them
+    "int8-batch-8": Setting("int8", (*_ONNX, _AS_IT_IS, "--batch-size", "8")),
 }
+FASTEST = ("torch", "torch-bf16", "int8")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
 
 
@@ -63,16 +80,15 @@ def make_environment(directory: Path) -> None:
         raise
 
 
-def prepare_model(directory: Path, engine: Engine, model: Path) -> Path:
-    """The directory that this engine is to serve: the checkpoint, or only an int8 ONNX file of it."""
-    form = "int8" if engine == "int8" else "torch"
-    out = (directory / "models" / f"{_fingerprint(model)}-{form}").absolute()
+def prepare_model(directory: Path, setting: Setting, model: Path) -> Path:
+    """The directory that is to be served: a copy of the checkpoint, or only an int8 ONNX file of it."""
+    out = (directory / "models" / f"{_fingerprint(model)}-{setting.files}").absolute()
     if out.exists():
         return out
     working = out.with_name(out.name + ".part")
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
-    if form == "torch":
+    if setting.files == "torch":
         shutil.copytree(model, working, dirs_exist_ok=True)
     else:
         script = Path(__file__).with_name("export_int8.py")
@@ -95,14 +111,14 @@ def instructions() -> str:
     return "avx512" if "avx512f" in flags else "avx2"
 
 
-def command(directory: Path, engine: Engine, model: Path, port: int) -> list[str]:
+def command(directory: Path, setting: Setting, model: Path, port: int) -> list[str]:
     """The server's command line; `model` is what `prepare_model` returned."""
     return [
         str((directory / "bin/infinity_emb").absolute()),
         "v2",
         *("--model-id", str(model)),
         *("--served-model-name", SERVED_NAME),
-        *OPTIONS[engine],
+        *setting.options,
         *("--device", "cpu"),
         # Left alone, the ONNX engine pools by the first token, whatever the model says.
         *("--pooling-method", "mean"),
@@ -112,10 +128,10 @@ def command(directory: Path, engine: Engine, model: Path, port: int) -> list[str
     ]
 
 
-def environment(directory: Path) -> dict[str, str]:
-    """Additions to the environment: offline, and caches inside the peer's own directory."""
+def environment(directory: Path, setting: Setting) -> dict[str, str]:
+    """Additions to the environment: offline, caches inside the peer's own directory, and the setting's own."""
     home = str((directory / "home").absolute())
-    return {**OFFLINE, "HF_HOME": home, "INFINITY_HOME": home}
+    return {**OFFLINE, "HF_HOME": home, "INFINITY_HOME": home, **setting.environment}
 
 
 def versions(directory: Path) -> dict[str, str]:
@@ -128,15 +144,16 @@ def versions(directory: Path) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--engine", choices=ENGINES, required=True)
+    parser.add_argument("--setting", choices=list(SETTINGS), required=True)
     parser.add_argument("--model", type=Path, required=True, help="a sentence-transformers directory")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--peer-env", type=Path, default=PEER_ENV)
     options = parser.parse_args()
+    setting = SETTINGS[options.setting]
     make_environment(options.peer_env)
-    model = prepare_model(options.peer_env, options.engine, options.model)
-    line = command(options.peer_env, options.engine, model, options.port)
-    os.execvpe(line[0], line, {**os.environ, **environment(options.peer_env)})
+    model = prepare_model(options.peer_env, setting, options.model)
+    line = command(options.peer_env, setting, model, options.port)
+    os.execvpe(line[0], line, {**os.environ, **environment(options.peer_env, setting)})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 
@@ -50,7 +51,7 @@ def test_a_port_in_use_is_one_clear_line(tmp_path):
 @pytest.mark.parametrize("damage", ["nothing there", "unknown variant"])
 def test_a_bad_family_is_refused_before_anything_starts(tmp_path, damage, monkeypatch):
     # `running` prepares the environment of the Ray that it would start; the tests' own must stay as it is.
-    monkeypatch.setattr("os.environ", dict(__import__("os").environ))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     if damage == "unknown variant":
         make_fake_family(tmp_path / "family")
     family = FamilyConfig(path=str(tmp_path / "family"), variants=["int4"])

@@ -508,21 +508,6 @@ async def test_a_request_larger_than_the_limit_is_answered_by_an_idle_system():
     assert await answers(ask(batcher, *many)) == [[*range(30)]]
 
 
-async def test_close_answers_everybody():
-    slots = LocalSlots()
-    slots.gate.clear()
-    batcher = make(slots, rows=2)
-    tasks = [ask(batcher, row(number)) for number in range(7)]
-    await settle()
-    async with asyncio.timeout(PATIENCE_S):
-        await batcher.close()
-    outcomes = [await failure(task) for task in tasks]
-    assert all(isinstance(error, FettleError) for error in outcomes)
-    assert all(isinstance(error, UnavailableError) for error in outcomes[2:])
-    assert not slots.free.locked()
-    assert_empty(batcher)
-
-
 async def test_ready_means_that_a_replica_takes_work(monkeypatch):
     monkeypatch.setattr(module, "READY_WITHIN_S", 0.05)
     slots = LocalSlots()
