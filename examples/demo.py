@@ -46,10 +46,10 @@ class DemoOptions:
 
     directory: Path
     port: int = 8000
-    questions: int = 600
+    questions: int = 400
     connections: int = 32
     replicas: int = 2
-    training_rows: int = 4500
+    training_rows: int = 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def train(out: Path, recipe: Recipe, console: Console) -> None:
 def make_family(name: str, model: Path, directory: Path, console: Console) -> Family:
     """Optimize one model on the bundled texts; a family that is complete is only checked."""
     files = DataFiles(test=split_path("test"), calibration=split_path("calibration"))
-    config = OptimizeConfig(model=str(model), out=directory / name, files=files, name=name, max_rows=800)
+    config = OptimizeConfig(model=str(model), out=directory / name, files=files, name=name, max_rows=400)
     console.print(f"[bold]fettle optimize {shlex.quote(str(model))} --out {shlex.quote(str(config.out))}[/bold]")
     return optimize(config, Progress(console))
 
