@@ -141,6 +141,7 @@ def _served_table(rows: Sequence[Figures], limits: Mapping[str, Offline]) -> Tab
         "of limit",
         "cosine",
         "not 200",
+        "others",
     )
     peers = best_peers(rows)
     for row in rows:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from deployments import border, schemas
-from deployments.border import ERRORS, BodyReader, reply
+from deployments.border import ERRORS, Api, BodyReader, reply
 from deployments.router import Inferred, Router, ServedFamily, Target, Tokenized
 from fettle import __version__
 from fettle.answers import normalized, probabilities, truncated_vectors
@@ -24,20 +24,21 @@ from fettle.errors import RequestError, UnavailableError
 from fettle.manifest import Head, TaskKind
 from fettle.tokenizer import Text
 
+DESCRIPTION = "Measured variants of transformer encoders, in the request shapes of OpenAI, vLLM and TEI."
+
 Responses = dict[int | str, dict[str, Any]]
 # Path, handler, and what a good reply holds.
 Route = tuple[str, Callable[..., Awaitable[Response]], Any]
 
 
-def build_api(router: Router, api_keys: Sequence[str] = ()) -> FastAPI:
+def build_api(router: Router, api_keys: Sequence[str] = ()) -> Api:
     """The ASGI application around a router."""
-    app = FastAPI(title="Fettle", version=__version__, description=__doc__, redoc_url=None, redirect_slashes=False)
     endpoints = Endpoints(router)
-    app.include_router(endpoints.routes())
+    direct = {path: handler for path, handler, _ in endpoints.inference}
+    app = Api(direct, api_keys, title="Fettle", version=__version__, description=DESCRIPTION)
+    endpoints.add_to(app)
     border.install_error_handlers(app)
     border.document(app, endpoints.readers)
-    if api_keys:
-        app.add_middleware(border.KeyGuard, keys=api_keys)
     return app
 
 
@@ -89,28 +90,37 @@ class Endpoints:
         limit = router.limits.max_body_bytes
         self.readers: dict[str, BodyReader[Any]] = {path: BodyReader(model, limit) for path, model in models.items()}
 
-    def routes(self) -> APIRouter:
+    @property
+    def inference(self) -> list[Route]:
         scores = list[schemas.Score]
-        inference: list[Route] = [
+        return [
             ("/v1/embeddings", self.embeddings, schemas.EmbeddingsReply),
             ("/classify", self.classify, schemas.ClassifyReply),
             ("/embed", self.embed, list[list[float]]),
             ("/predict", self.predict, scores | list[scores]),
             ("/tokenize", self.tokenize, schemas.TokenizeReply | list[list[schemas.TeiToken]]),
         ]
-        reading: list[Route] = [
+
+    @property
+    def reading(self) -> list[Route]:
+        return [
             ("/v1/models", self.models, schemas.ModelList),
             ("/info", self.info, schemas.Info),
             ("/health", self.health, schemas.State),
             ("/ready", self.ready, schemas.State),
         ]
-        routes = APIRouter(default_response_class=Response)
-        for path, handler, model in inference:
-            routes.add_api_route(path, handler, methods=["POST"], responses=ERRORS | {200: {"model": model}})
-        for path, handler, model in reading:
+
+    def add_to(self, app: FastAPI) -> None:
+        """Register every path, with what it may answer."""
+        for path, handler, model in self.inference:
+            app.add_api_route(
+                path, handler, methods=["POST"], responses=ERRORS | {200: {"model": model}}, response_class=Response
+            )
+        for path, handler, model in self.reading:
             failures: Responses = {code: ERRORS[code] for code in ((401, 503) if path == "/ready" else (401,))}
-            routes.add_api_route(path, handler, methods=["GET"], responses=failures | {200: {"model": model}})
-        return routes
+            app.add_api_route(
+                path, handler, methods=["GET"], responses=failures | {200: {"model": model}}, response_class=Response
+            )
 
     async def embeddings(self, request: Request) -> Response:
         """Embeddings as the OpenAI API documents them."""
@@ -207,7 +217,7 @@ class Endpoints:
     async def ready(self) -> Response:
         """Ready: every family's default variant has a replica that takes work."""
         for family in self._router.families.values():
-            if not await family.batchers[family.default].is_ready():
+            if not family.batchers[family.default].is_ready:
                 raise UnavailableError(f"{family.name}:{family.default} has no replica that takes work yet")
         return reply({"status": "ok"})
 

@@ -5,11 +5,11 @@ One deployment for each variant, and the router before them as the ingress.
 
 # No `from __future__ import annotations` here: Ray reads the annotation of `build`'s argument as a class.
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -17,8 +17,9 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.api import build_api
 from deployments.batcher import Batcher
+from deployments.border import Api
 from deployments.router import Router, ServedFamily
-from deployments.variant import ReplicaSlots, Variant
+from deployments.variant import ReplicaSlots, Variant, follow_replicas
 from fettle import latency, policy
 from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig
 from fettle.errors import UsageError
@@ -31,8 +32,8 @@ from workers.engine import EngineOptions
 # The router's own bound is the predicted work in its queues; Serve must not queue or refuse before it.
 INGRESS_CONCURRENCY = 10_000
 TYPICAL_LENGTH = 64
-# What a batch costs beside the engine's own time: reservation, transport and replies, on both sides.
-CALL_MS = 3.0
+# What a batch costs beside the engine's own time: transport and replies, on both sides (benchmarks/LOG.md).
+CALL_MS = 4.5
 
 
 @serve.deployment
@@ -41,6 +42,7 @@ class RouterIngress:
     """The router as Serve's ingress. Several replicas share nothing and agree, since they read the same families."""
 
     def __init__(self, config: ServeConfig, handles: Mapping[str, Mapping[str, DeploymentHandle]]) -> None:
+        slots: dict[str, ReplicaSlots] = {}
         families = {}
         for settings, (name, family) in zip(config.families, named_families(config).items(), strict=True):
             families[name] = ServedFamily(
@@ -48,14 +50,21 @@ class RouterIngress:
                 family=family,
                 tokenizer=Tokenizer(family.tokenizer_path, family.manifest.tokenizer),
                 batchers={
-                    variant: make_batcher(family.variant(variant), handle, config)
+                    variant: make_batcher(
+                        family.variant(variant),
+                        slots.setdefault(deployment_name(name, variant), make_slots(handle, config)),
+                        config,
+                    )
                     for variant, handle in handles[name].items()
                 },
                 default=settings.default or family.manifest.default,
             )
         self._api = build_api(Router(families, config.limits), config.api_keys)
+        self._slots = slots
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Api:
+        following = follow_replicas(self._slots, serve.get_replica_context().app_name)
+        self._following = asyncio.get_running_loop().create_task(following)
         return self._api
 
 
@@ -119,7 +128,7 @@ def deployment(name: str, family: Family, variant: str, config: ReplicaConfig) -
     manifest = family.variant(variant)
     options = EngineOptions(device=config.device, threads=config.threads)
     bound: Application = Variant.options(  # type: ignore[attr-defined]
-        name=f"{name}.{variant}",
+        name=deployment_name(name, variant),
         max_ongoing_requests=1 + config.prefetch,
         ray_actor_options={
             "num_cpus": replica_cpus(manifest, config),
@@ -153,13 +162,21 @@ def replica_gpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
     return manifest.resources.gpus or float(config.device == "cuda")
 
 
-def make_batcher(manifest: VariantManifest, handle: DeploymentHandle, config: ServeConfig) -> Batcher:
+def deployment_name(family: str, variant: str) -> str:
+    return f"{family}.{variant}"
+
+
+def make_slots(handle: DeploymentHandle, config: ServeConfig) -> ReplicaSlots:
+    return ReplicaSlots(handle, places=1 + config.replicas.prefetch, share=1 / config.routers)
+
+
+def make_batcher(manifest: VariantManifest, slots: ReplicaSlots, config: ServeConfig) -> Batcher:
     assert manifest.measured is not None
     table = manifest.measured.latency
     bounds = config.batch
     tokens = bounds.max_tokens or latency.best_tokens_per_call(table, CALL_MS)
     return Batcher(
-        slots=ReplicaSlots(handle),
+        slots=slots,
         cost=RowCosts(table, tokens, manifest.tokenizer.max_length),
         bounds=BatchBounds(rows=bounds.max_rows, tokens=tokens, max_age_s=bounds.max_age_ms / 1000),
         max_queue_s=bounds.max_queue_s,

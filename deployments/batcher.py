@@ -29,9 +29,7 @@ MAX_LOSSES = 5
 # A row lost this often may be the one that kills replicas. It then travels alone, and nothing else is under way
 # meanwhile, since a batch that waits at the same replica would be lost with it.
 SUSPECT_FROM = 3
-REPLICA_MEMORY_S = 30.0
 RESERVE_AGAIN_S = 0.05
-READY_WITHIN_S = 2.0
 
 
 class SlotLostError(Exception):
@@ -39,15 +37,16 @@ class SlotLostError(Exception):
 
 
 class Slot(Protocol):
-    replica: str
-
     async def run(self, rows: Rows) -> Outputs:
         """Raises SlotLostError if the replica is gone, EngineError if it failed on these rows."""
         ...
 
 
 class Slots(Protocol):
-    """Where batches go: each reservation waits for a free place at some replica."""
+    """Where batches go: each reservation waits for a free place at some replica. `replicas` are running now."""
+
+    @property
+    def replicas(self) -> int: ...
 
     def reserve(self) -> AbstractAsyncContextManager[Slot]: ...
 
@@ -113,13 +112,12 @@ class Batcher:
     _pace: float = 1.0
     _reserving: bool = False
     _under_way: list[list[Ticket]] = field(default_factory=list)
-    _replicas: dict[str, float] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def backlog_s(self) -> float:
         """Predicted time until all that was admitted is done, by this router's share of the replicas."""
-        return policy.drain_s(self._work_ms, self._pace, self._live_replicas() / self.routers)
+        return policy.drain_s(self._work_ms, self._pace, max(1, self.slots.replicas) / self.routers)
 
     @property
     def depth(self) -> int:
@@ -153,15 +151,10 @@ class Batcher:
             for ticket in tickets:
                 self._withdraw(ticket)
 
-    async def is_ready(self) -> bool:
-        """Whether a replica took a batch lately or, in a quiet time, gives a slot within `READY_WITHIN_S`."""
-        if self._replicas and max(self._replicas.values()) > time.monotonic() - READY_WITHIN_S:
-            return True
-        try:
-            async with asyncio.timeout(READY_WITHIN_S), self.slots.reserve():
-                return True
-        except (SlotLostError, TimeoutError):
-            return False
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a replica that takes work."""
+        return self.slots.replicas > 0
 
     def _admit(self, row: Row) -> Ticket:
         ticket = Ticket(row, self.cost.row_ms(len(row)), time.monotonic(), asyncio.get_running_loop().create_future())
@@ -242,12 +235,10 @@ class Batcher:
     async def _run(self, slot: Slot, batch: list[Ticket]) -> None:
         taken = time.monotonic()
         rows = Rows.of([ticket.row for ticket in batch])
-        self._replicas[slot.replica] = taken
         try:
             outputs = await slot.run(rows)
         except SlotLostError as error:
-            self._replicas.pop(slot.replica, None)
-            logger.warning("replica %s was lost with %d rows: %s", slot.replica, len(batch), error)
+            logger.warning("a replica was lost with %d rows: %s", len(batch), error)
             self._lose(batch)
         except EngineError as error:
             self._refuse(batch, error)
@@ -297,8 +288,3 @@ class Batcher:
     def _fail(self, ticket: Ticket, error: FettleError) -> None:
         if not ticket.future.done():
             ticket.future.set_exception(error)
-
-    def _live_replicas(self) -> int:
-        """Replicas that took a batch lately; one if none did."""
-        horizon = time.monotonic() - REPLICA_MEMORY_S
-        return max(1, sum(seen > horizon for seen in self._replicas.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from deployments.schemas import ErrorReply
 from fettle.errors import AuthError, FettleError, OverloadedError, RequestError, TooLargeError
@@ -20,6 +20,8 @@ from fettle.errors import AuthError, FettleError, OverloadedError, RequestError,
 logger = logging.getLogger("ray.serve")
 
 Model = TypeVar("Model")
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 OPEN_PATHS = frozenset({"/health"})
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -119,26 +121,50 @@ def document(app: FastAPI, readers: Mapping[str, BodyReader[Any]]) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-class KeyGuard:
-    """ASGI middleware: every path but `/health` needs one of the keys as `Authorization: Bearer`, if there are any."""
+class Api(FastAPI):
+    """FastAPI with a guard, and a short cut past it for the requests that count.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self.app = app
+    Every path but `/health` needs one of the keys, if there are any. A POST to a path of `direct` goes straight to
+    its handler: the layers and the dependency resolution of FastAPI, which these handlers do not use, cost a
+    quarter of the router's CPU time. The same handlers are routes of the application, which documents them.
+    """
+
+    def __init__(self, direct: Mapping[str, Handler], keys: Sequence[str], **settings: Any) -> None:
+        super().__init__(redoc_url=None, redirect_slashes=False, **settings)
+        self._direct = direct
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allowed(scope):
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+        elif not self._allows(scope):
             response = error_reply(AuthError("a valid API key is needed: `Authorization: Bearer KEY`"))
             await response(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+        elif scope["method"] == "POST" and scope["path"] in self._direct:
+            response = await _answered(self._direct[scope["path"]], Request(scope, receive))
+            await response(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
-    def _allowed(self, scope: Scope) -> bool:
+    def _allows(self, scope: Scope) -> bool:
+        if not self._keys or scope["path"] in OPEN_PATHS:
+            return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, offered = given.partition(b" ")
         # Every key is compared, each in constant time, so that neither content nor position leaks.
         matches = [hmac.compare_digest(offered, key) for key in self._keys]
         return scheme.lower() == b"bearer" and any(matches)
+
+
+async def _answered(handler: Handler, request: Request) -> Response:
+    try:
+        return await handler(request)
+    except FettleError as error:
+        return error_reply(error)
+    except ClientDisconnect as error:
+        return await _on_disconnect(request, error)
+    except Exception as error:
+        return await _on_bug(request, error)
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from fettle.manifest import LatencyTable
 
-NEARLY_BEST = 0.95
+NEARLY_BEST = 0.99
 
 
 def estimate_ms(table: LatencyTable, batch: int, length: int) -> float:
@@ -23,7 +23,7 @@ def estimate_ms(table: LatencyTable, batch: int, length: int) -> float:
 
 
 def best_tokens_per_call(table: LatencyTable, call_ms: float) -> int:
-    """The smallest padded size of a batch (rows x tokens) with at least 95 % of the best tokens a second.
+    """The smallest padded size of a batch (rows x tokens) with at least 99 % of the best tokens a second.
 
     Smaller batches wait less and waste less on padding. `call_ms` is what each call costs beside the engine's own
     time; without it a CPU engine would be best served one row at a time.

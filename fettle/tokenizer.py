@@ -49,15 +49,15 @@ class Tokenizer:
         rows = []
         for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             length = len(encoding)
-            if length <= limit:
-                rows.append(self._row(encoding, truncated=False))
-            elif truncate:
-                rows.append(self._row(self._shorter(text, limit), truncated=True))
-            else:
+            if length > limit and not truncate:
                 raise RequestError(
                     f"input {index} has {length} tokens, the limit is {limit}; shorten it or allow truncation",
                     param="input",
                 )
+            encoding = encoding if length <= limit else self._shorter(text, limit)
+            # Only a pair has a second segment, and asking is not free.
+            types = np.array(encoding.type_ids, np.int8) if self.spec.segments and isinstance(text, tuple) else None
+            rows.append(Row(np.array(encoding.ids, np.int32), types, truncated=length > limit))
         return rows
 
     def row_of_ids(
@@ -90,9 +90,3 @@ class Tokenizer:
         with self._cutting:
             self._cutter.enable_truncation(limit, strategy="longest_first")
             return self._cutter.encode(*(text if isinstance(text, tuple) else (text,)))
-
-    def _row(self, encoding: Encoding, *, truncated: bool) -> Row:
-        types = np.array(encoding.type_ids, np.int8) if self.spec.segments else None
-        if types is not None and not types.any():
-            types = None
-        return Row(np.array(encoding.ids, np.int32), types, truncated)

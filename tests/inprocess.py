@@ -27,7 +27,7 @@ class EngineSlots:
     """A replica that is always free."""
 
     engine: Engine
-    replica: str = "here"
+    replicas: int = 1
 
     @asynccontextmanager
     async def reserve(self) -> AsyncIterator[EngineSlots]:

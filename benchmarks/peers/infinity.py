@@ -47,6 +47,7 @@ class Setting:
 
 _TORCH = ("--engine", "torch")
 _ONNX = ("--engine", "optimum")
+_SMALL = ("--batch-size", "8")
 _AS_IT_IS = "--onnx-disable-optimize"
 SETTINGS: Mapping[str, Setting] = {
     "torch": Setting("torch", _TORCH),
@@ -54,11 +55,13 @@ SETTINGS: Mapping[str, Setting] = {
     # ONNX Runtime optimizes the graph when it loads it; Infinity's own pass over a quantized graph adds nothing.
     "int8": Setting("int8", (*_ONNX, _AS_IT_IS)),
     # Tried to be fair to the peer, and no faster here (LOG.md). Kept, since another processor may differ.
+    "torch-batch-8": Setting("torch", (*_TORCH, *_SMALL)),
+    "torch-bf16-batch-8": Setting("torch", (*_TORCH, "--dtype", "bfloat16", *_SMALL)),
     "torch-sdpa": Setting("torch", (*_TORCH, "--no-bettertransformer")),
     "torch-compile": Setting("torch", (*_TORCH, "--no-bettertransformer", "--compile")),
     "torch-one-thread": Setting("torch", _TORCH, {"OMP_NUM_THREADS": "1"}),
     "int8-optimized": Setting("int8-optimized", _ONNX),  # files of its own: Infinity writes the result beside them
-    "int8-batch-8": Setting("int8", (*_ONNX, _AS_IT_IS, "--batch-size", "8")),
+    "int8-batch-8": Setting("int8", (*_ONNX, _AS_IT_IS, *_SMALL)),
 }
 FASTEST = ("torch", "torch-bf16", "int8")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}

@@ -42,6 +42,8 @@ def works(numbers: list[int]) -> None:
 class LocalSlots:
     """`places` at replicas in this process. The gate holds every batch back that was handed over."""
 
+    replicas = 1
+
     def __init__(self, places: int = 1, engine: Engine = works) -> None:
         self.free = asyncio.Semaphore(places)
         self.engine = engine
@@ -64,8 +66,6 @@ class LocalSlots:
 
 
 class LocalSlot:
-    replica = "r1"
-
     def __init__(self, slots: LocalSlots) -> None:
         self._slots = slots
 
@@ -362,6 +362,8 @@ async def test_one_bad_row_of_a_request_fails_the_request_and_takes_its_other_ro
 class TwoReplicas:
     """Two replicas with two places each. A replica that runs `killer` dies, with all the batches that it holds."""
 
+    replicas = 2
+
     def __init__(self, killer: int) -> None:
         self.killer = killer
         self.held: dict[str, set[asyncio.Future[None]]] = {"a": set(), "b": set()}
@@ -508,20 +510,25 @@ async def test_a_request_larger_than_the_limit_is_answered_by_an_idle_system():
     assert await answers(ask(batcher, *many)) == [[*range(30)]]
 
 
-async def test_ready_means_that_a_replica_takes_work(monkeypatch):
-    monkeypatch.setattr(module, "READY_WITHIN_S", 0.05)
+async def test_ready_means_that_there_is_a_replica():
     slots = LocalSlots()
     batcher = make(slots)
-    assert await batcher.is_ready()
-    slots.refuse = [SlotLostError("nobody there")]
-    assert not await batcher.is_ready()
+    assert batcher.is_ready
+    slots.replicas = 0
+    assert not batcher.is_ready
+
+
+async def test_twice_the_replicas_drain_in_half_the_time():
+    slots = LocalSlots()
     slots.gate.clear()
-    task = ask(batcher, row(1))
-    await asyncio.sleep(0.1)
-    assert not await batcher.is_ready()
+    batcher = make(slots)
+    task = ask(batcher, row(0, 100), row(1, 100))
+    await settle()
+    alone = batcher.backlog_s
+    slots.replicas = 2
+    assert batcher.backlog_s == pytest.approx(alone / 2)
     slots.gate.set()
     await answers(task)
-    assert await batcher.is_ready()
 
 
 async def test_the_counters_tell_what_happened():
@@ -544,6 +551,8 @@ async def test_the_counters_tell_what_happened():
 class Storm:
     """Losses, refusals, engine errors and bugs, drawn from a seed; remembers who was run, and when."""
 
+    replicas = 3
+
     def __init__(self, seed: int, poison: set[int]) -> None:
         self.random = random.Random(seed)
         self.poison = poison
@@ -561,10 +570,6 @@ class Storm:
             yield self
             if self.random.random() < 0.03:
                 raise SlotLostError("gone while releasing")
-
-    @property
-    def replica(self) -> str:
-        return self.random.choice("abc")
 
     async def run(self, rows: Rows) -> Outputs:
         numbers = numbers_of(rows)
