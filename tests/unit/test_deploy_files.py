@@ -19,7 +19,12 @@ from tests.fakes import make_fake_family
 ROOT = Path(__file__).parents[2]
 START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
 # Paths and ports that keep two services on one machine apart; drains that are short since no load balancer watches.
-OF_ONE_MACHINE = ("RAY_SERVE_HAPROXY_", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING", "RAY_SERVE_PROXY_MIN_DRAINING")
+OF_ONE_MACHINE = (
+    "RAY_SERVE_HAPROXY_",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING",
+    "RAY_SERVE_PROXY_MIN_DRAINING",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL",
+)
 
 
 @pytest.fixture(scope="module")
