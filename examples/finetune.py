@@ -24,7 +24,7 @@ DATA = Path(__file__).parent / "data"
 class Recipe:
     """`rows` training rows (equally many of each label as far as there are), one pass."""
 
-    rows: int = 3000
+    rows: int = 2500
     batch: int = 32
     learning_rate: float = 2e-4
     max_tokens: int = 64

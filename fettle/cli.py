@@ -229,8 +229,8 @@ def demo(
         "fettle-demo"
     ),
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    questions: Annotated[int, typer.Option(min=1, max=3434, help="Requests to each variant.")] = 400,
-    training_rows: Annotated[int, typer.Option(min=32, help="Texts that the classifier is fine-tuned on.")] = 3000,
+    questions: Annotated[int, typer.Option(min=1, max=3434, help="Requests to each variant.")] = 300,
+    training_rows: Annotated[int, typer.Option(min=32, help="Texts that the classifier is fine-tuned on.")] = 2500,
 ) -> None:
     """From a real model to measured variants that answer over HTTP, in a few minutes on two cores.
 
