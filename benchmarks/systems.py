@@ -55,7 +55,7 @@ def fettle_system(family: Path, family_name: str, variant: str, cores: int) -> S
 
     def server(port: int) -> ServerSpec:
         command = [sys.executable, "-m", "fettle.cli", "serve", str(family.absolute()), "--port", str(port)]
-        command += ["--variant", variant, "--threads", "1"]
+        command += ["--variant", variant, "--default", variant, "--threads", "1", "--no-dashboard"]
         command += ["--min-replicas", str(cores), "--max-replicas", str(cores)]
         return _spec(command, port, "/v1/embeddings", model)
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import math
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -29,6 +30,7 @@ from workers.engine import EngineOptions, open_engine
 logger = logging.getLogger("ray.serve")
 
 FOLLOW_EVERY_S = 1.0
+CPU_NICENESS = 5
 
 Reply = tuple[NDArray[np.float32], float] | str
 
@@ -38,6 +40,9 @@ class Variant:
     """Owns one loaded variant. The engine works on a thread of its own, so that health checks are always answered."""
 
     def __init__(self, directory: str, options: EngineOptions) -> None:
+        if options.device == "cpu":
+            # An engine that takes every core must not keep the router from refusing, and from feeding its neighbours.
+            os.nice(CPU_NICENESS)
         self.engine = open_engine(Path(directory), options)
         self.engine.warm_up()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")

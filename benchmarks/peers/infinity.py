@@ -54,7 +54,7 @@ SETTINGS: Mapping[str, Setting] = {
     "torch-bf16": Setting("torch", (*_TORCH, "--dtype", "bfloat16")),
     # ONNX Runtime optimizes the graph when it loads it; Infinity's own pass over a quantized graph adds nothing.
     "int8": Setting("int8", (*_ONNX, _AS_IT_IS)),
-    # Tried to be fair to the peer, and no faster here (LOG.md). Kept, since another processor may differ.
+    # Tried to be fair to the peer; none was clearly faster here (LOG.md). Kept, so that it can be checked elsewhere.
     "torch-batch-8": Setting("torch", (*_TORCH, *_SMALL)),
     "torch-bf16-batch-8": Setting("torch", (*_TORCH, "--dtype", "bfloat16", *_SMALL)),
     "torch-sdpa": Setting("torch", (*_TORCH, "--no-bettertransformer")),
