@@ -122,8 +122,8 @@ class Run:
         try:
             return work(*given, **named)
         except (FettleError, RuntimeError, ValueError, OSError, subprocess.CalledProcessError) as error:
-            say(f"{name} failed: {error}")
-            self.failed[name] = str(error).splitlines()[0]
+            say(f"{name} failed: {error!r}\n{error}")
+            self.failed[name] = (str(error) or repr(error)).splitlines()[0]
             return None
 
 

@@ -52,11 +52,12 @@ def offline_limit(family: Path, variant: str, texts: Sequence[str], cores: int, 
     best: Offline | None = None
     for processes, threads in sorted({(cores, 1), (1, cores)}):
         with _Engines(directory, processes, threads) as engines:
-            for batch in BATCHES:
+            # A larger batch would leave some process without one.
+            for batch in [size for size in BATCHES if size * processes <= len(rows[:pilot])]:
                 tried = engines.measure(rows[:pilot], batch)
                 best = tried if best is None or tried.rows_per_second > best.rows_per_second else best
     if best is None:
-        raise ValueError("no core to run on")
+        raise ValueError(f"{len(rows)} texts are too few for {cores} cores")
     with _Engines(directory, best.processes, best.threads) as engines:
         return engines.measure(rows, best.batch)
 
