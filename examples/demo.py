@@ -234,8 +234,8 @@ def report(outcomes: Sequence[Outcome], families: dict[str, Family], options: De
     """The table, and how to go on."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("family:variant", no_wrap=True)
-    for name in ("MB", "ms", "requests/s", "same answers", "served = offline", "batch changes", "accuracy"):
-        table.add_column(name, justify="right")
+    for name in ("MB", "ms", "req/s", "same", "offline", "batch", "right"):
+        table.add_column(name, justify="right", no_wrap=True)
     for outcome in outcomes:
         table.add_row(
             f"{outcome.family}:{outcome.variant}",
@@ -249,9 +249,9 @@ def report(outcomes: Sequence[Outcome], families: dict[str, Family], options: De
         )
     console.print(table)
     console.print(
-        f"{options.questions} Debian package descriptions over HTTP: ms with one client, requests/s with "
-        f"{options.connections}. Same answers: as the reference gives. Batch changes: answers that depend on who "
-        "shares the batch, as measured by optimize.",
+        f"{options.questions} Debian package descriptions over HTTP: ms with one client, requests a second with "
+        f"{options.connections}. Same: answered as the reference does. Offline: answered as the variant itself does "
+        "without a server. Batch: answers that depend on who shares the batch, as optimize measured. Right: by label.",
         style="dim",
     )
     paths = [shlex.quote(str(family.directory)) for family in families.values()]

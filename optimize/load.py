@@ -22,7 +22,6 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from fettle.errors import ModelError
 from fettle.manifest import Head, Source, Task, TaskKind, TokenizerSpec
@@ -268,16 +267,11 @@ def _labels(config: PreTrainedConfig) -> list[str]:
 
 
 def _scorer(directory: Path, task: Task) -> Scorer:
-    transformers_logging.disable_progress_bar()
-    verbosity = transformers_logging.get_verbosity()
-    # Its report of missing keys is turned into an error here, and its report of unused ones concerns nobody.
-    transformers_logging.set_verbosity_error()
     try:
         scorer, report = build_scorer(directory, task, torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{directory}: transformers cannot load the weights ({_line(error)})") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    # transformers would fill what is missing at random and only log it.
     missing = sorted(set(report["missing_keys"]) | {str(key) for key in report["mismatched_keys"]})
     missing = [key for key in missing if task.kind is TaskKind.CLASSIFY or "pooler." not in key]
     if missing:

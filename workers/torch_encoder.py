@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
 
 from fettle.errors import EngineError, FamilyError, UsageError
 from fettle.manifest import Precision, Task, TaskKind, VariantManifest
@@ -66,14 +67,21 @@ def build_scorer(directory: Path, task: Task, dtype: torch.dtype) -> tuple[Score
     dropped, since no pooling mode reads it. Raises what transformers raises.
     """
     factory = AutoModelForSequenceClassification if task.kind is TaskKind.CLASSIFY else AutoModel
-    model, report = factory.from_pretrained(
-        directory,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    # What it would log is in the report, which the caller reads.
+    transformers_logging.set_verbosity_error()
+    try:
+        model, report = factory.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     if task.kind is TaskKind.EMBED and getattr(model, "pooler", None) is not None:
         model.pooler = None
     return Scorer(model, task).eval().requires_grad_(False), report
