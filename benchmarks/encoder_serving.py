@@ -27,8 +27,9 @@ from benchmarks.offline import Offline, offline_limit
 from benchmarks.peers import infinity
 from benchmarks.processes import Server
 from benchmarks.reference import Vectors, lowest_cosine, reference_vectors
-from benchmarks.systems import ALL_PEERS, PEERS, System, fettle_system, free_port, peer_system
+from benchmarks.systems import ALL_PEERS, PEERS, System, fettle_system, peer_system
 from benchmarks.traffic import read_texts, shuffled
+from deployments.fastpath import free_port
 from fettle.errors import FettleError
 from fettle.family import Family
 

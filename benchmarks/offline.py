@@ -23,9 +23,9 @@ from threading import Barrier
 from benchmarks.load import TEXTS
 from benchmarks.traffic import read_texts, shuffled
 from fettle.family import Family
+from fettle.machine import usable_cores
 from fettle.rows import Row, Rows, in_batches
 from fettle.tokenizer import Tokenizer
-from optimize.hardware import usable_cores
 from workers.engine import Engine, EngineOptions, open_engine
 
 BATCHES = (4, 8, 16, 32, 64)

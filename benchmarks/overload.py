@@ -23,7 +23,8 @@ from rich.table import Table
 from benchmarks.load import TEXTS, LoadPlan, run_apart
 from benchmarks.machine import describe_machine, machine_lines
 from benchmarks.processes import Server
-from benchmarks.systems import fettle_system, free_port
+from benchmarks.systems import fettle_system
+from deployments.fastpath import free_port
 from fettle.family import Family
 
 LOG = Path("build/benchmark-logs/overload.log")

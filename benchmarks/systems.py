@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,13 +59,6 @@ def fettle_system(family: Path, family_name: str, variant: str, cores: int) -> S
         return _spec(command, port, "/v1/embeddings", model)
 
     return System(f"fettle {variant}", model, server, variant)
-
-
-def free_port() -> int:
-    """A port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _plain(model: Path, port: int) -> ServerSpec:

@@ -129,12 +129,12 @@ def deployment(name: str, family: Family, variant: str, config: ReplicaConfig) -
     options = EngineOptions(device=config.device, threads=config.threads)
     bound: Application = Variant.options(  # type: ignore[attr-defined]
         name=deployment_name(name, variant),
-        max_ongoing_requests=1 + config.prefetch,
+        max_ongoing_requests=config.places,
         ray_actor_options={
             "num_cpus": replica_cpus(manifest, config),
             "num_gpus": replica_gpus(manifest, config),
         },
-        # With a busy replica always holding 1 + prefetch batches, one per replica means: about half busy.
+        # With a busy replica always holding its places full, one per replica means: about half busy.
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.min_replicas,
             max_replicas=config.max_replicas,
@@ -143,7 +143,7 @@ def deployment(name: str, family: Family, variant: str, config: ReplicaConfig) -
             downscale_delay_s=60.0,
             look_back_period_s=15.0,
         ),
-        # A batch that waits for a slot looks again soon: the pause would be idle time of a replica.
+        # A batch that Ray's handle holds back looks again soon: the pause would be idle time of a replica.
         request_router_config=RequestRouterConfig(initial_backoff_s=0.002, backoff_multiplier=2, max_backoff_s=0.01),
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=20.0,
@@ -167,7 +167,7 @@ def deployment_name(family: str, variant: str) -> str:
 
 
 def make_slots(handle: DeploymentHandle, config: ServeConfig) -> ReplicaSlots:
-    return ReplicaSlots(handle, places=1 + config.replicas.prefetch, share=1 / config.routers)
+    return ReplicaSlots(handle, places=config.replicas.places, share=1 / config.routers)
 
 
 def make_batcher(manifest: VariantManifest, slots: ReplicaSlots, config: ServeConfig) -> Batcher:

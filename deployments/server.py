@@ -23,6 +23,7 @@ from deployments import fastpath
 from fettle.config import ServeConfig
 from fettle.errors import UnavailableError, UsageError
 from fettle.family import Family
+from fettle.machine import usable_cores
 
 APPLICATION = "fettle"
 # What Ray's own processes, a router and the proxy take beside the replicas.
@@ -98,11 +99,6 @@ def check_memory(needed: Needs) -> None:
             f"serving this needs about {needed.memory_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
             "serve fewer variants (--variant) or fewer replicas (--min-replicas)"
         )
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def wait_for_signal() -> None:

@@ -200,8 +200,9 @@ def serve(
 
     Example: `fettle serve ./family --port 8000`
     """
-    from deployments.server import ServerOptions, running, usable_cores, wait_for_signal
+    from deployments.server import ServerOptions, running, wait_for_signal
     from fettle.config import ServeConfig
+    from fettle.machine import usable_cores
 
     config = _checked(
         ServeConfig,

@@ -67,6 +67,11 @@ class ReplicaConfig(Settings):
     device: Device = "cpu"
     prefetch: int = Field(default=1, ge=0, description="batches that wait at a replica while it works on one")
 
+    @property
+    def places(self) -> int:
+        """Batches that one replica holds: the one it works on, and those that wait there."""
+        return 1 + self.prefetch
+
     @model_validator(mode="after")
     def ordered(self) -> ReplicaConfig:
         if self.min_replicas > self.max_replicas:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from fettle import __version__
+from fettle.machine import usable_cores
 from fettle.manifest import Hardware
 
 # The names under which a distribution may be installed.
@@ -30,13 +30,6 @@ def describe() -> Hardware:
         accelerator=_accelerator(),
         versions={"fettle": __version__, "python": platform.python_version(), **_versions()},
     )
-
-
-def usable_cores() -> int:
-    """Those that the scheduler lets this process run on, which containers and `taskset` make fewer."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def busy_share() -> float:

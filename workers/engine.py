@@ -5,14 +5,19 @@ An engine owns one loaded variant in one process. It holds no queue and knows no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
+
+import numpy as np
 
 from fettle.errors import UsageError
 from fettle.family import MANIFEST_FILE, check_files, parse_manifest
 from fettle.manifest import Runtime, VariantManifest
 from fettle.rows import Outputs, Rows
+
+WARM_UP_SHAPES = ((1, 16), (8, 32))
 
 Device = Literal["cpu", "cuda"]
 
@@ -42,6 +47,13 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model's memory."""
+
+
+def warm_up_rows(max_length: int) -> Iterator[Rows]:
+    """Batches of typical shapes, of a token that every vocabulary has."""
+    for rows, length in WARM_UP_SHAPES:
+        length = min(length, max_length)
+        yield Rows(np.zeros(rows * length, np.int32), np.full(rows, length, np.int32))
 
 
 def open_engine(directory: Path, options: EngineOptions | None = None) -> Engine:

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from fettle.errors import EngineError, FamilyError, UsageError
 from fettle.manifest import VariantManifest
 from fettle.rows import Outputs, Rows, in_batches
-from workers.engine import EngineOptions
+from workers.engine import EngineOptions, warm_up_rows
 
 MODEL_FILE = "model.onnx"
-WARM_UP_SHAPES = ((1, 16), (8, 32))
 # Padded tokens in one call on CPU, per thread: benchmarks/LOG.md, "micro-batches".
 CALL_TOKENS = 256
 # ONNX Runtime fuses these at load. Its fused CPU kernels are the slower ones: SkipLayerNormalization takes seven
@@ -44,10 +43,8 @@ class OnnxEncoder:
         self._typed = any(item.name == "token_type_ids" for item in self._session.get_inputs())
 
     def warm_up(self) -> None:
-        limit = self.manifest.tokenizer.max_length
-        for rows, length in WARM_UP_SHAPES:
-            length = min(length, limit)
-            self.run(Rows(np.zeros(rows * length, np.int32), np.full(rows, length, np.int32)))
+        for rows in warm_up_rows(self.manifest.tokenizer.max_length):
+            self.run(rows)
 
     def run(self, rows: Rows) -> Outputs:
         """float32 [rows, width].

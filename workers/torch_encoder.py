@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -20,10 +19,9 @@ from transformers.utils import logging as transformers_logging
 from fettle.errors import EngineError, FamilyError, UsageError
 from fettle.manifest import Precision, Task, TaskKind, VariantManifest
 from fettle.rows import Outputs, Rows
-from workers.engine import EngineOptions
+from workers.engine import EngineOptions, warm_up_rows
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
-WARM_UP_SHAPES = ((1, 16), (8, 32))
 
 
 class Scorer(nn.Module):
@@ -115,10 +113,8 @@ class TorchEncoder:
         self._scorer: Scorer | None = scorer.to(self._device)
 
     def warm_up(self) -> None:
-        limit = self.manifest.tokenizer.max_length
-        for rows, length in WARM_UP_SHAPES:
-            length = min(length, limit)
-            self.run(Rows(np.zeros(rows * length, np.int32), np.full(rows, length, np.int32)))
+        for rows in warm_up_rows(self.manifest.tokenizer.max_length):
+            self.run(rows)
 
     def run(self, rows: Rows) -> Outputs:
         """float32 [rows, width].
