@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fettle.errors import UsageError
 from fettle.manifest import Head, Task, TaskKind
 
 Floats = NDArray[np.float32]
@@ -27,6 +28,24 @@ def probabilities(values: Floats, task: Task) -> Floats:
         # By tanh, since exp(-x) overflows for large negative logits.
         return np.asarray((np.tanh(values / 2) + 1) / 2, np.float32)
     return values
+
+
+def confidence(values: Floats, task: Task, temperature: float = 1.0) -> Floats:
+    """The score that decides whether an answer is taken: float32 [rows], in [0, 1], NaN where the values are NaN.
+
+    Top-2 margin of the softmax for single labels; for several labels, that of the label nearest to 0.5.
+
+    Raises:
+        UsageError: the task has no score (numbers and vectors have none).
+    """
+    if task.head is Head.SINGLE_LABEL and task.width > 1:
+        top = np.partition(probabilities(values / np.float32(temperature), task), -2, axis=1)
+        margin: Floats = top[:, -1] - top[:, -2]
+        return margin
+    if task.head is Head.MULTI_LABEL:
+        nearest: Floats = np.abs(np.tanh(values / np.float32(2 * temperature))).min(axis=1)
+        return nearest
+    raise UsageError(f"answers of kind {task.head or task.kind} have no confidence, so nothing can exit or be escalated")
 
 
 def cosine(left: Floats, right: Floats) -> Floats:

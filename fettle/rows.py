@@ -66,11 +66,27 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Exits:
+    """Where each row may leave a staged variant early.
+
+    `thresholds` float32 [rows, stages - 1] on the score of each stage but the last, above 1 for never;
+    `temperatures` float32 [stages - 1] that the stages' logits are divided by before they are scored.
+    """
+
+    thresholds: NDArray[np.float32]
+    temperatures: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class Outputs:
-    """What an engine returns: `values` float32 [rows, width] (logits, or vectors), and its own time in ms."""
+    """What an engine returns: `values` float32 [rows, width] (logits, or vectors), and its own time in ms.
+
+    `stages` int8 [rows]: the stage that answered each row, from 0; None where the variant has only one.
+    """
 
     values: NDArray[np.float32]
     infer_ms: float
+    stages: NDArray[np.int8] | None = None
 
 
 def in_batches(order: Sequence[int], lengths: Sequence[int], rows: int, tokens: int) -> Iterable[list[int]]:

@@ -15,7 +15,7 @@ import numpy as np
 from fettle.errors import UsageError
 from fettle.family import MANIFEST_FILE, check_files, parse_manifest
 from fettle.manifest import Runtime, VariantManifest
-from fettle.rows import Outputs, Rows
+from fettle.rows import Exits, Outputs, Rows
 
 WARM_UP_SHAPES = ((1, 16), (8, 32))
 
@@ -37,8 +37,11 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Run typical shapes once, so that the first request does not pay for allocation and compilation."""
 
-    def run(self, rows: Rows) -> Outputs:
+    def run(self, rows: Rows, exits: Exits | None = None) -> Outputs:
         """Answer a batch. Not thread-safe: one call at a time.
+
+        A row of a staged variant leaves at the first stage whose score reaches its threshold; without `exits`, and
+        where there is one stage only, every row goes to the end.
 
         Raises:
             EngineError: the runtime failed on this batch.

@@ -16,7 +16,7 @@ from pydantic import Field
 from fettle.answers import Floats, normalized
 from fettle.errors import EngineError
 from fettle.manifest import Strict, VariantManifest
-from fettle.rows import Outputs, Rows
+from fettle.rows import Exits, Outputs, Rows
 
 FAKE_PASS = "fake"
 CRASH_STATUS = 70
@@ -40,7 +40,7 @@ class FakeEngine:
     def warm_up(self) -> None:
         """Nothing to warm."""
 
-    def run(self, rows: Rows) -> Outputs:
+    def run(self, rows: Rows, exits: Exits | None = None) -> Outputs:
         started = time.perf_counter()
         if self.parameters.exit_on_token in rows.ids:
             os._exit(CRASH_STATUS)

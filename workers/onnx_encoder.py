@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fettle.errors import EngineError, FamilyError, UsageError
 from fettle.manifest import VariantManifest
-from fettle.rows import Outputs, Rows, in_batches
+from fettle.rows import Exits, Outputs, Rows, in_batches
 from workers.engine import EngineOptions, warm_up_rows
 
 MODEL_FILE = "model.onnx"
@@ -46,7 +46,7 @@ class OnnxEncoder:
         for rows in warm_up_rows(self.manifest.tokenizer.max_length):
             self.run(rows)
 
-    def run(self, rows: Rows) -> Outputs:
+    def run(self, rows: Rows, exits: Exits | None = None) -> Outputs:
         """float32 [rows, width].
 
         Raises:

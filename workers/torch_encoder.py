@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from fettle.errors import EngineError, FamilyError, UsageError
 from fettle.manifest import Precision, Task, TaskKind, VariantManifest
-from fettle.rows import Outputs, Rows
+from fettle.rows import Exits, Outputs, Rows
 from workers.engine import EngineOptions, warm_up_rows
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
@@ -116,7 +116,7 @@ class TorchEncoder:
         for rows in warm_up_rows(self.manifest.tokenizer.max_length):
             self.run(rows)
 
-    def run(self, rows: Rows) -> Outputs:
+    def run(self, rows: Rows, exits: Exits | None = None) -> Outputs:
         """float32 [rows, width].
 
         Raises:
