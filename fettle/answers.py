@@ -45,7 +45,7 @@ def confidence(values: Floats, task: Task, temperature: float = 1.0) -> Floats:
     if task.head is Head.MULTI_LABEL:
         nearest: Floats = np.abs(np.tanh(values / np.float32(2 * temperature))).min(axis=1)
         return nearest
-    raise UsageError(f"answers of kind {task.head or task.kind} have no confidence, so nothing can exit or be escalated")
+    raise UsageError(f"answers of kind {task.head or task.kind} have no confidence to exit or escalate by")
 
 
 def cosine(left: Floats, right: Floats) -> Floats:
@@ -55,15 +55,17 @@ def cosine(left: Floats, right: Floats) -> Floats:
     return result
 
 
-def disagreements(values: Floats, reference: Floats, task: Task) -> NDArray[np.bool_]:
+def disagreements(
+    values: Floats, reference: Floats, task: Task, cosine_floor: float = EMBEDDING_COSINE_FLOOR
+) -> NDArray[np.bool_]:
     """Which rows are answered otherwise than by the reference: bool [rows]. NaN never agrees."""
-    changed: NDArray[np.bool_] = _changed(values, reference, task)
+    changed: NDArray[np.bool_] = _changed(values, reference, task, cosine_floor)
     return changed | ~np.isfinite(values).all(axis=1)
 
 
-def _changed(values: Floats, reference: Floats, task: Task) -> Any:
+def _changed(values: Floats, reference: Floats, task: Task, cosine_floor: float) -> Any:
     if task.kind is TaskKind.EMBED:
-        return cosine(values, reference) < EMBEDDING_COSINE_FLOOR
+        return cosine(values, reference) < cosine_floor
     match task.head:
         case Head.MULTI_LABEL:
             return ((values > 0) != (reference > 0)).any(axis=1)
@@ -75,9 +77,9 @@ def _changed(values: Floats, reference: Floats, task: Task) -> Any:
             return values.argmax(axis=1) != reference.argmax(axis=1)
 
 
-def loss_in_words(task: Task) -> str:
+def loss_in_words(task: Task, cosine_floor: float = EMBEDDING_COSINE_FLOOR) -> str:
     if task.kind is TaskKind.EMBED:
-        return f"cosine to the reference's vector below {EMBEDDING_COSINE_FLOOR}"
+        return f"cosine to the reference's vector below {cosine_floor:g}"
     match task.head:
         case Head.MULTI_LABEL:
             return "any label on the other side of 0.5"

@@ -92,13 +92,25 @@ def optimize(
     task: Annotated[str | None, typer.Option(help="classify or embed; read from the model by default.")] = None,
     name: Annotated[str | None, typer.Option(help="The family's name; the model's last path part by default.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Build only this variant; may be repeated.")] = None,
+    effort: Annotated[str, typer.Option(help="quick (minutes), standard (about an hour) or thorough.")] = "quick",
+    time_budget: Annotated[
+        float | None, typer.Option(help="Minutes; no recipe is begun that would not fit.", show_default="none")
+    ] = None,
+    level: Annotated[
+        list[float] | None,
+        typer.Option(help="A share of changed answers to certify; may be repeated.  [default: 0.005 0.01 0.02 0.05]"),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="1 - the confidence of a certificate.")] = 0.05,
+    cosine_floor: Annotated[
+        float, typer.Option(help="For embeddings: a lower cosine to the original's vector is a changed answer.")
+    ] = 0.98,
     threads: Annotated[int, typer.Option(help="Threads of one engine, as it will be served.")] = 1,
-    max_rows: Annotated[int, typer.Option(help="Rows of test that quality is measured on, at most.")] = 2000,
+    max_rows: Annotated[int, typer.Option(help="Rows of test that figures are reported on, at most.")] = 4000,
     seed: Annotated[int, typer.Option(help="Decides the split of --data and the choice of rows.")] = 0,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure again what was measured before.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a family of measured variants of a model.
+    """Make a family of measured variants of a model, and certify how far each way to answer departs from it.
 
     Data are JSONL (also .gz), CSV or Parquet, with a text on each row and, if you have them, labels.
     A run that was interrupted goes on where it stopped when you give the same command again.
@@ -120,6 +132,11 @@ def optimize(
         task=task,
         name=name,
         recipes=recipe or None,
+        effort=effort,
+        time_budget_minutes=time_budget,
+        **({"levels": level} if level else {}),
+        delta=delta,
+        cosine_floor=cosine_floor,
         threads=threads,
         max_rows=max_rows,
         remeasure=remeasure,
@@ -169,6 +186,61 @@ def verify(directory: FamilyArgument, as_json: JsonOption = False) -> None:
             typer.echo(f"error: {problem}", err=True)
     if problems:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def predict(
+    directory: FamilyArgument,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Texts; standard input by default.")] = None,
+    max_disagreement: Annotated[
+        str, typer.Option(help="The share of answers that may differ from the original's, or exact.")
+    ] = "0.01",
+    variant: Annotated[str | None, typer.Option(help="This variant answers, without a promise.")] = None,
+    jsonl: Annotated[
+        bool, typer.Option("--jsonl", help='Each line is an object with "text" and, for pairs, "pair".')
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads on CPU.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Answer texts without a server: one text a line in, one line of JSON a text out, as they come.
+
+    The cheapest way that is certified at --max-disagreement answers, and the original where none is. Every line is a
+    text, empty lines too, so that line n of the output answers line n of the input.
+
+    Example: `fettle predict ./family < texts.txt`
+    """
+    from contextlib import nullcontext
+
+    from fettle.local import load, predict_lines, share
+
+    tolerance = share(max_disagreement)
+    source = file.open("rb") if file else nullcontext(sys.stdin.buffer)
+    with source as lines, load(directory, threads=threads, device=device) as local:
+        for answers in predict_lines(local, lines, tolerance, variant, jsonl=jsonl):
+            sys.stdout.buffer.write(answers)
+            sys.stdout.buffer.flush()
+
+
+@app.command()
+def report(
+    directory: FamilyArgument,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a family's report.html again, from what its manifests say.
+
+    Example: `fettle report ./family --open`
+    """
+    from fettle.family import Family
+    from optimize.report import write_report
+
+    path = write_report(Family.open(directory))
+    if as_json:
+        _print_json({"report": str(path)})
+    else:
+        typer.echo(path)
+    if open_it:
+        typer.launch(path.resolve().as_uri())
 
 
 @app.command()

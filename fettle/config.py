@@ -5,6 +5,7 @@ Nothing here reads the environment or a file.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,6 +42,14 @@ class DataFiles(Settings):
         return self
 
 
+class Effort(StrEnum):
+    """Minutes, about an hour, or several hours for a small encoder on two cores."""
+
+    QUICK = "quick"
+    STANDARD = "standard"
+    THOROUGH = "thorough"
+
+
 class OptimizeConfig(Settings):
     """One run of `fettle optimize`."""
 
@@ -50,8 +59,20 @@ class OptimizeConfig(Settings):
     name: Identifier | None = Field(default=None, description="the family's name; the model's last path part if None")
     task: TaskKind | None = Field(default=None, description="read from the checkpoint if None")
     recipes: list[Identifier] | None = Field(default=None, description="variant ids to build; all if None")
+    effort: Effort = Field(default=Effort.QUICK, description="how much is tried")
+    time_budget_minutes: float | None = Field(default=None, gt=0, description="no recipe is begun that would exceed it")
+    levels: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default=[0.005, 0.01, 0.02, 0.05], min_length=1, description="shares of changed answers to certify"
+    )
+    delta: float = Field(default=0.05, gt=0, lt=1, description="1 - the confidence of each certificate")
+    cosine_floor: float = Field(
+        default=0.98,
+        gt=0,
+        le=1,
+        description="for embeddings: a lower cosine to the reference's vector is a changed answer",
+    )
     threads: int = Field(default=1, ge=1, description="threads of one engine while measuring, as it will be served")
-    max_rows: int = Field(default=2000, ge=16, description="rows of `test` used for quality")
+    max_rows: int = Field(default=4000, ge=16, description="rows of `test` that figures are reported on")
     remeasure: bool = Field(default=False, description="measure again what was measured, e.g. on a busy machine")
     seed: int = 0
 

@@ -7,10 +7,13 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fettle.family import Family
 from fettle.latency import best_rows_per_second, estimate_ms
-from fettle.manifest import VariantManifest
+from fettle.manifest import Level, OperatingPoint, VariantManifest
+
+CPU_MS = "CPU ms/row"
 
 
 def as_json(family: Family) -> dict[str, Any]:
@@ -26,8 +29,29 @@ def as_json(family: Family) -> dict[str, Any]:
         "hardware": manifest.hardware.model_dump(mode="json"),
         "data": {name: split.model_dump(mode="json") for name, split in manifest.data.items()},
         "variants": [summary(variant) for variant in family.variants.values()],
+        "points": [point_summary(point) for point in manifest.points],
+        "levels": [level.model_dump(mode="json") for level in manifest.levels],
+        "dropped": [item.model_dump(mode="json") for item in manifest.dropped],
         "not_built": [item.model_dump(mode="json") for item in manifest.not_built],
     }
+
+
+def point_summary(point: OperatingPoint) -> dict[str, Any]:
+    """An operating point as it is in the manifest, with what the table derives from it."""
+    return {**point.model_dump(mode="json"), "relative_cost": relative_cost(point), "path": path_in_brief(point)}
+
+
+def relative_cost(point: OperatingPoint) -> float | None:
+    """Processor time of a row on test, as a share of the original's (float32 on ONNX Runtime) in the same run."""
+    return None if point.test is None else point.test.cpu_ms_per_row / point.test.reference_cpu_ms_per_row
+
+
+def path_in_brief(point: OperatingPoint) -> str:
+    """Its variants in order, each with the share of the test rows that each of its stages answers."""
+    if point.test is None:
+        return ", then ".join(step.variant for step in point.steps)
+    shares = [" + ".join(f"{share:.1%}" for share in stages) for stages in point.test.answered]
+    return ", then ".join(f"{step.variant} {share}" for step, share in zip(point.steps, shares, strict=True))
 
 
 def summary(variant: VariantManifest) -> dict[str, Any]:
@@ -45,6 +69,8 @@ def summary(variant: VariantManifest) -> dict[str, Any]:
         row |= {
             "typical_length": found.typical_length,
             "ms_at_batch_1": estimate_ms(found.latency, 1, found.typical_length),
+            "row_cpu_ms": found.row_cpu_ms,
+            "stage_cpu_ms": found.stage_cpu_ms,
             "best_rows_per_second": best_rows_per_second(found.latency, found.typical_length),
             "threads": found.latency.threads,
             "peak_memory_bytes": found.peak_memory_bytes,
@@ -64,8 +90,14 @@ def print_table(family: Family, console: Console | None = None) -> None:
     console = console or Console()
     rows = [summary(variant) for variant in family.variants.values()]
     console.print(_table(family, rows))
+    if family.manifest.points or family.manifest.levels:
+        console.print()
+        console.print(_points_table(family))
     for line in _footnotes(family):
         console.print(line, style="dim", highlight=False, soft_wrap=True)
+    for dropped in family.manifest.dropped:
+        line = Text(f"dropped: {dropped.id}: {dropped.reason}", style="dim")
+        console.print(line, no_wrap=True, overflow="ellipsis", highlight=False)
     for item in family.manifest.not_built:
         console.print(f"not built: {item.id}: {item.reason}", highlight=False, soft_wrap=True, markup=False)
 
@@ -75,24 +107,65 @@ def _table(family: Family, rows: list[dict[str, Any]]) -> Table:
     title = f"{family.name}: {_task_in_words(family)}"
     # Narrow enough for 80 columns.
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("variant", no_wrap=True)
+    table.add_column("variant", overflow="fold", min_width=12)
     table.add_column("runtime", no_wrap=True)
-    for column in ("MB", "ms at batch 1", "best rows/s", "same answers", "invariant", metric):
+    speed = CPU_MS if _has_cpu_ms(rows) else "best rows/s"
+    for column in ("MB", "ms at batch 1", speed, "same answers", "invariant", metric):
         if column is not None:
             table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for row in rows:
         is_default = row["id"] == family.manifest.default
-        table.add_row(*_cells(row, "*" if is_default else "", metric), style="bold" if is_default else None)
+        cells = _cells(row, "*" if is_default else "", metric, speed)
+        table.add_row(*cells, style="bold" if is_default else None)
     return table
 
 
-def _cells(row: dict[str, Any], mark: str, metric: str | None) -> list[str]:
+def _has_cpu_ms(rows: list[dict[str, Any]]) -> bool:
+    return any(row.get("row_cpu_ms") is not None for row in rows)
+
+
+def _points_table(family: Family) -> Table:
+    """Each level with the point that may be served at it, or why there is none."""
+    points = {point.id: point for point in family.manifest.points}
+    table = Table(title="operating points", title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for column in ("level", "bound", CPU_MS, "of the original"):
+        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
+    table.add_column("path: shares answered by each variant's stages", overflow="fold")
+    for level in sorted(family.manifest.levels, key=lambda level: level.alpha):
+        point = points.pop(level.point or "", None)
+        table.add_row(*(_refused(level) if point is None else _point_cells(level.alpha, point)))
+    # Points that no level names.
+    for point in points.values():
+        table.add_row(*_point_cells(point.certificate.alpha, point))
+    return table
+
+
+def _point_cells(alpha: float, point: OperatingPoint) -> list[str | Text]:
+    relative = relative_cost(point)
+    return [
+        f"{alpha:.1%}",
+        f"{point.certificate.upper_bound:.2%}",
+        "" if point.test is None else f"{point.test.cpu_ms_per_row:.2f}",
+        "" if relative is None else f"{relative:.0%}",
+        Text(path_in_brief(point)),
+    ]
+
+
+def _refused(level: Level) -> list[str | Text]:
+    reason = level.reason or "no reason was recorded"
+    needed = level.rows_needed
+    if needed is not None and str(needed) not in reason:
+        reason += f"; at least {needed:,} calibration rows are needed"
+    return [f"{level.alpha:.1%}", "none", "", "", Text(reason)]
+
+
+def _cells(row: dict[str, Any], mark: str, metric: str | None, speed: str) -> list[str]:
     cells = [row["id"] + mark, f"{row['runtime']} {row['precision']}", _megabytes(row["size_bytes"])]
     if not row["measured"]:
         return [*cells, "not measured"]
     cells += [
         f"{row['ms_at_batch_1']:.1f}",
-        f"{row['best_rows_per_second']:.0f}",
+        _milliseconds(row["row_cpu_ms"]) if speed == CPU_MS else f"{row['best_rows_per_second']:.0f}",
         f"{row['same_answers']:.2%}",
         "yes" if row["batch_invariant"] else f"no, {row['changed_by_batching']:.1%}",
     ]
@@ -127,6 +200,10 @@ def _task_in_words(family: Family) -> str:
     if task.head is None:
         return f"vectors of {task.width}"
     return f"{task.head.value.replace('_', ' ')}, {task.width} output" + "s" * (task.width > 1)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _megabytes(size: int) -> str:

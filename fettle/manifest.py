@@ -132,6 +132,7 @@ class Quality(Strict):
     loss: str = Field(description="what counts as a disagreement, in words")
     max_difference: float = Field(ge=0, description="largest absolute difference of an output value")
     mean_cosine: float | None = None
+    top10_overlap: float | None = Field(default=None, description="share of ten nearest neighbours kept; for vectors")
     metric_name: str | None = None
     metric: float | None = None
     reference_metric: float | None = None
@@ -166,6 +167,9 @@ class Measurements(Strict):
     hardware: Hardware
     quality: Quality
     batching: BatchInvariance
+    tuned_disagreement: float | None = Field(
+        default=None, ge=0, le=1, description="on validation rows in mixed batches; what the search goes by"
+    )
     latency: LatencyTable
     typical_length: int = Field(ge=1, description="median tokens of a measured row")
     row_cpu_ms: float | None = Field(

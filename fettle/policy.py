@@ -9,6 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class BatchBounds:
@@ -85,3 +88,8 @@ def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
         )
 
     return [name for name in points if not dominated(name)]
+
+
+def passes(scores: ArrayLike, thresholds: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each score reaches its threshold, compared in float32 wherever it is decided; NaN reaches none."""
+    return np.asarray(scores, np.float32) >= np.asarray(thresholds, np.float32)

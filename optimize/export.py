@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from pydantic import JsonValue
+from torch import nn
 
 from fettle.errors import PassError
 from fettle.manifest import TokenizerSpec
@@ -42,35 +43,36 @@ def export_onnx(reference: Reference, path: Path, sample: Rows) -> dict[str, Jso
     """
     try:
         with quiet():
-            _trace(reference, path)
-        _repeat_rotary(path)
+            trace(reference.model, reference.tokenizer, ["values"], path)
     except Exception as error:
         # The exporter raises whatever the model's code happens to raise under tracing.
         raise PassError(f"torch.onnx.export failed on {reference.source.architecture}: {_line(error)}") from error
     onnx.checker.check_model(str(path))
-    difference = _check_against_torch(reference, path, sample)
+    difference = check_against_torch(lambda *inputs: [reference.model(*inputs)], reference.tokenizer, path, sample)
     return {"opset": OPSET, "max_difference": difference, "tolerance": TOLERANCE}
 
 
-def _trace(reference: Reference, path: Path) -> None:
-    names = input_names(reference.tokenizer)
+def trace(model: nn.Module, spec: TokenizerSpec, outputs: list[str], path: Path) -> None:
+    """Write the graph of a module that reads int64 [rows, length] arrays. Raises whatever the exporter raises."""
+    names = input_names(spec)
     # Sizes of 0 and 1 would be baked into the graph; 3 and 7 stand for any.
-    ids = torch.full((3, 7), min(5, reference.tokenizer.vocabulary - 1))
+    ids = torch.full((3, 7), min(5, spec.vocabulary - 1))
     example = (ids, torch.ones_like(ids), torch.zeros_like(ids))[: len(names)]
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     program = torch.onnx.export(
-        reference.model,
+        model,
         example,
         dynamo=True,
         opset_version=OPSET,
         input_names=names,
-        output_names=["values"],
+        output_names=outputs,
         dynamic_shapes=dict.fromkeys(names, axes),
         verbose=False,
     )
     if program is None:
         raise PassError("torch.onnx.export returned nothing")
     program.save(str(path))
+    _repeat_rotary(path)
 
 
 def _repeat_rotary(path: Path) -> None:
@@ -132,8 +134,10 @@ def _cut(rows: Rows, starts: NDArray[np.int64], first: int, last: int) -> Rows:
 
 
 def run_graph(path: Path, batches: list[Arrays]) -> list[Floats]:
+    """Every answer [rows, width] of the graph, batch by batch. Hidden states at the cuts between stages are none."""
     session = ort.InferenceSession(str(path), session_options(1), providers=["CPUExecutionProvider"])
-    return [session.run(["values"], batch)[0] for batch in batches]
+    answers = [item.name for item in session.get_outputs() if len(item.shape) == 2]
+    return [values for batch in batches for values in session.run(answers, batch)]
 
 
 def largest_difference(values: list[Floats], expected: list[Floats]) -> float:
@@ -145,11 +149,20 @@ def largest_difference(values: list[Floats], expected: list[Floats]) -> float:
     return worst
 
 
-def _check_against_torch(reference: Reference, path: Path, sample: Rows) -> float:
-    batches = check_batches(sample, reference.tokenizer)
+def check_against_torch(
+    model: Callable[..., Sequence[torch.Tensor]], spec: TokenizerSpec, path: Path, sample: Rows
+) -> float:
+    """The largest difference of the graph's answers from those of `model`, which gives them in the same order.
+
+    Raises:
+        PassError: ONNX Runtime does not run the graph, or the difference exceeds `TOLERANCE`.
+    """
+    batches = check_batches(sample, spec)
     with torch.inference_mode():
         expected = [
-            reference.model(*(torch.from_numpy(array) for array in batch.values())).numpy() for batch in batches
+            values.numpy()
+            for batch in batches
+            for values in model(*(torch.from_numpy(array) for array in batch.values()))
         ]
     try:
         difference = largest_difference(run_graph(path, batches), expected)

@@ -41,7 +41,7 @@ def fuse(path_in: Path, path_out: Path, sample: Rows, spec: TokenizerSpec) -> di
     gelus = sum(_own_gelu(node) for node in model.graph.node)
     if gelus:
         _import_domain(model, MICROSOFT)
-    _drop_unused(model)
+    drop_unused(model)
     # Shapes of tensors that no longer exist, or exist with another rank.
     del model.graph.value_info[:]
     save_graph(model, path_out)
@@ -156,7 +156,7 @@ def _import_domain(model: onnx.ModelProto, domain: str) -> None:
         model.opset_import.append(helper.make_opsetid(domain, 1))
 
 
-def _drop_unused(model: onnx.ModelProto) -> None:
+def drop_unused(model: onnx.ModelProto) -> None:
     """Remove nodes and weights that nothing reads any more. Nodes are in topological order, so one pass does."""
     needed = {item.name for item in model.graph.output}
     kept = []

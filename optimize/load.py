@@ -60,6 +60,16 @@ class Reference:
     source: Source
     notes: dict[str, JsonValue] = field(default_factory=dict)
 
+    @property
+    def layers(self) -> int:
+        """How many layers run one after the other, shared ones counted each time."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether all layers are one set of weights already."""
+        return bool(self.config.model_type == "albert")
+
 
 @dataclass(frozen=True)
 class Layout:

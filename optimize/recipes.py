@@ -1,39 +1,67 @@
-"""How each variant is made: its parent, its passes with every parameter, its runtime and precision.
+"""How each variant is made: its student if it has one, its passes with every parameter, its runtime and precision.
 
-A pass is a plain function over the reference and directories. What this machine cannot build is listed as well,
-with the reason.
+A pass is a plain function over a model and directories. Which recipes are tried, and in which order, is
+`optimize.search`. What this machine cannot build is listed as well, with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from fettle.errors import UsageError
-from fettle.manifest import NotBuilt, Precision, Runtime
+from fettle.errors import PassError
+from fettle.manifest import NotBuilt, Precision, Runtime, Stage
 from fettle.rows import Rows
 
 if TYPE_CHECKING:
+    from optimize.exits import MultiExit
     from optimize.load import Reference
 
 ONNX_FILE = "model.onnx"
-REFERENCE = "torch-fp32"
+REFERENCE, ONNX_REFERENCE, TRIMMED = "torch-fp32", "onnx-fp32", "onnx-fp32-trim"
+
+CUDA_RECIPES = (
+    "onnx-fp16-cuda",
+    "tensorrt-fp16",
+    "tensorrt-int8",
+    "torch-fp16-cuda-graphs",
+    "torch-int8-cuda",
+    "torch-fp8-cuda",
+)
 
 Notes = dict[str, JsonValue]
 
 
-@dataclass(frozen=True, slots=True)
+class Scheme(StrEnum):
+    """Ways to quantize a graph."""
+
+    DYNAMIC = "dynamic"
+    STATIC = "static"
+    ROWS = "rows"
+    WEIGHTS8 = "weights8"
+    WEIGHTS4 = "weights4"
+
+
+@dataclass(slots=True)
 class Bench:
-    """What a pass works with: it writes into `directory`, and reads its parent's files if the recipe has one."""
+    """What a pass works with: it writes into `directory`, and reads its parent's files if the recipe has one.
+
+    `reference` holds the model that is exported: the user's own, or a student in its place. `stages` is filled by
+    the pass that cuts a graph into stages.
+    """
 
     reference: Reference
     directory: Path
     parent: Path | None
     sample: Rows
+    calibration: Callable[[], Rows]
+    multi_exit: MultiExit | None = None
+    stages: list[Stage] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,58 +75,83 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """A change of shape (by name, with what it needs to know) and the distillation that makes up for it."""
+
+    change: str
+    parameters: Notes = field(default_factory=dict)
+    epochs: float = 1.0
+    learning_rate: float = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a student is made from the reference: rounds in order; exit heads after the layers `exits`, if any.
+
+    `frozen`: the backbone stays as it is, and only the heads are trained.
+    """
+
+    id: str
+    rounds: tuple[Round, ...] = ()
+    exits: tuple[int, ...] = ()
+    frozen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     id: str
     runtime: Runtime
     precision: Precision
     passes: tuple[Pass, ...]
     parent: str | None = REFERENCE
+    plan: Plan | None = None
+    row_by_row: bool = False
+    needs: tuple[str, ...] = ()
 
     @property
     def expected_seconds(self) -> float:
         return sum(step.expected_seconds for step in self.passes)
 
 
-def encoder_recipes() -> list[Recipe]:
-    """All recipes for encoders, parents before children; the first is the reference."""
-    return [
-        Recipe(REFERENCE, Runtime.TORCH, Precision.FP32, (_checkpoint("float32"),), parent=None),
-        Recipe("torch-bf16", Runtime.TORCH, Precision.BF16, (_checkpoint("bfloat16"),)),
-        Recipe(
-            "onnx-fp32",
-            Runtime.ONNX,
-            Precision.FP32,
-            (Pass("export", _export, expected_seconds=12), Pass("fuse", _fuse, expected_seconds=2)),
-        ),
-        Recipe(
-            "onnx-int8-dynamic",
-            Runtime.ONNX,
-            Precision.INT8,
-            (Pass("quantize", _quantize, {"scheme": "dynamic", "per_channel": True}, expected_seconds=3),),
-            parent="onnx-fp32",
-        ),
-    ]
+def reference_recipe() -> Recipe:
+    return Recipe(REFERENCE, Runtime.TORCH, Precision.FP32, (_checkpoint("float32"),), parent=None)
 
 
-def chosen(wanted: list[str] | None) -> list[Recipe]:
-    """The recipes with these ids and what they are derived from; all of them if None.
+def bfloat16_recipe() -> Recipe:
+    return Recipe("torch-bf16", Runtime.TORCH, Precision.BF16, (_checkpoint("bfloat16"),))
 
-    Raises:
-        UsageError: there is no recipe of that name.
-    """
-    recipes = {recipe.id: recipe for recipe in encoder_recipes()}
-    if wanted is None:
-        return list(recipes.values())
-    unknown = sorted(set(wanted) - set(recipes) - {item.id for item in unavailable()})
-    if unknown:
-        raise UsageError(f"no recipe {unknown[0]!r}; there are {', '.join(recipes)}")
-    needed = {REFERENCE}
-    for name in wanted:
-        step: str | None = name
-        while step in recipes:
-            needed.add(step)
-            step = recipes[step].parent
-    return [recipe for recipe in recipes.values() if recipe.id in needed]
+
+def onnx_recipe() -> Recipe:
+    return Recipe(ONNX_REFERENCE, Runtime.ONNX, Precision.FP32, (EXPORT, FUSE))
+
+
+def trimmed_recipe() -> Recipe:
+    return Recipe(TRIMMED, Runtime.ONNX, Precision.FP32, (_from_parent(TRIM, required=True),), parent=ONNX_REFERENCE)
+
+
+def quantized_recipe(scheme: Scheme, parent: str) -> Recipe:
+    names = {Scheme.ROWS: "onnx-int8", Scheme.WEIGHTS8: "onnx-weights-int8", Scheme.WEIGHTS4: "onnx-weights-int4"}
+    return Recipe(
+        names.get(scheme, f"onnx-int8-{scheme.value}"),
+        Runtime.ONNX,
+        Precision.INT4 if scheme is Scheme.WEIGHTS4 else Precision.INT8,
+        (_from_parent(quantize(scheme)),),
+        parent=parent,
+    )
+
+
+def student_recipe(plan: Plan, scheme: Scheme) -> Recipe:
+    """A student in the given quantization; as stages if it has exits."""
+    cut = (SPLIT,) if plan.exits else ()
+    export = EXPORT_STAGES if plan.exits else EXPORT
+    return Recipe(
+        f"{plan.id}-int8",
+        Runtime.ONNX,
+        Precision.INT8,
+        (export, FUSE, TRIM, quantize(scheme), *cut),
+        plan=plan,
+        needs=("train", "validation"),
+    )
 
 
 def unavailable() -> list[NotBuilt]:
@@ -109,7 +162,10 @@ def unavailable() -> list[NotBuilt]:
         reason = "this version of Fettle builds no variants for CUDA yet"
     else:
         reason = "needs a CUDA device, and none is visible here"
-    return [NotBuilt(id=name, reason=reason) for name in ("onnx-fp16-cuda", "tensorrt-fp16")]
+    return [NotBuilt(id=name, reason=reason) for name in CUDA_RECIPES]
+
+
+# Passes. Each reads and writes `model.onnx` of the bench's directory, unless it makes it.
 
 
 def _checkpoint(dtype: str) -> Pass:
@@ -129,19 +185,84 @@ def _export(bench: Bench) -> Notes:
     return export_onnx(bench.reference, bench.directory / ONNX_FILE, bench.sample)
 
 
+def _export_stages(bench: Bench) -> Notes:
+    from optimize.stages import export_multi_exit
+
+    assert bench.multi_exit is not None
+    return export_multi_exit(bench.reference, bench.multi_exit, bench.directory / ONNX_FILE, bench.sample)
+
+
 def _fuse(bench: Bench) -> Notes:
     from optimize.fuse import fuse
 
-    plain = bench.directory / ONNX_FILE
-    unfused = plain.replace(bench.directory / "plain.onnx")
-    notes = fuse(unfused, plain, bench.sample, bench.reference.tokenizer)
-    unfused.unlink()
+    return _rewritten(bench, lambda old, new: fuse(old, new, bench.sample, bench.reference.tokenizer))
+
+
+def _trim(bench: Bench) -> Notes:
+    from optimize.first_token import first_token
+
+    return _rewritten(bench, lambda old, new: first_token(old, new, bench.sample, bench.reference.tokenizer))
+
+
+def _split(bench: Bench) -> Notes:
+    from optimize.stages import split
+
+    whole = bench.directory / ONNX_FILE
+    bench.stages = split(whole, bench.directory)
+    for path in bench.directory.glob(f"{ONNX_FILE}*"):
+        path.unlink()
+    return {"stages": len(bench.stages)}
+
+
+def quantize(scheme: Scheme) -> Pass:
+    def apply(bench: Bench) -> Notes:
+        return _rewritten(bench, lambda old, new: _quantized(scheme, old, new, bench))
+
+    return Pass("quantize", apply, {"scheme": scheme.value}, expected_seconds=4 if scheme is not Scheme.STATIC else 20)
+
+
+def _quantized(scheme: Scheme, old: Path, new: Path, bench: Bench) -> Notes:
+    from optimize import quantize
+
+    match scheme:
+        case Scheme.DYNAMIC:
+            return quantize.quantize_dynamic_int8(old, new, per_channel=True)
+        case _:
+            raise PassError(f"no quantization {scheme.value!r}")
+
+
+EXPORT = Pass("export", _export, expected_seconds=12)
+EXPORT_STAGES = Pass("export-stages", _export_stages, expected_seconds=14)
+FUSE = Pass("fuse", _fuse, expected_seconds=2)
+TRIM = Pass("first-token", _trim, expected_seconds=2)
+SPLIT = Pass("split", _split, expected_seconds=1)
+
+
+def _from_parent(step: Pass, *, required: bool = False) -> Pass:
+    """The pass on the parent's graph. `required`: a pass that changes nothing makes no variant of its own."""
+
+    def apply(bench: Bench) -> Notes:
+        if bench.parent is None:
+            raise PassError(f"{step.name} needs a parent variant")
+        for path in bench.parent.glob(f"{ONNX_FILE}*"):
+            (bench.directory / path.name).write_bytes(path.read_bytes())
+        notes = step.apply(bench)
+        if required and notes.get("trimmed") == 0:
+            raise PassError(f"{step.name}: {notes.get('reason', 'nothing to do on this graph')}")
+        return notes
+
+    return Pass(step.name, apply, step.parameters, step.expected_seconds)
+
+
+def _rewritten(bench: Bench, rewrite: Callable[[Path, Path], Notes]) -> Notes:
+    """Replace the graph of the bench by a rewritten one."""
+    graph = bench.directory / ONNX_FILE
+    old = graph.replace(bench.directory / f"old-{ONNX_FILE}")
+    weights = bench.directory / f"{ONNX_FILE}.data"
+    before = weights.stat().st_mtime_ns if weights.exists() else None
+    notes = rewrite(old, graph)
+    old.unlink()
+    # Weights beyond 2 GB lie in a file of their own, which a smaller graph no longer has.
+    if before is not None and weights.stat().st_mtime_ns == before:
+        weights.unlink()
     return notes
-
-
-def _quantize(bench: Bench) -> Notes:
-    from optimize.quantize import quantize_dynamic_int8
-
-    if bench.parent is None:
-        raise UsageError("quantize needs a parent variant")
-    return quantize_dynamic_int8(bench.parent / ONNX_FILE, bench.directory / ONNX_FILE, per_channel=True)

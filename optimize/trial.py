@@ -1,4 +1,4 @@
-"""Run one variant in a process of its own, for `optimize.measure`: outputs, latencies, memory.
+"""The child process that runs one variant over rows and says what came out: outputs, costs, latencies, memory.
 
 `python -m optimize.trial FOLDER` reads `request.json` and `rows.npz` there and writes `outputs.npz` and
 `result.json`; on standard output it says how far it is, one number from 0 to 1 a line. It imports no torch unless
@@ -12,38 +12,58 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fettle.answers import Floats
-from fettle.manifest import LatencyCell, Strict
-from fettle.rows import Row, Rows
+from fettle.manifest import Identifier, LatencyCell, Strict
+from fettle.rows import Exits, Row, Rows
 from workers.engine import Device, Engine, EngineOptions, open_engine
+
+if TYPE_CHECKING:
+    from workers.staged_encoder import StagedEncoder
 
 REQUEST_FILE, ROWS_FILE, OUTPUTS_FILE, RESULT_FILE = "request.json", "rows.npz", "outputs.npz", "result.json"
 MINIMUM_CALLS, MAXIMUM_CALLS = 3, 30
+# Rows in one call where cost is measured: enough for the engine to cut its own best batches from.
+BULK_ROWS = 64
 # How far each part brings the progress; only for the eye.
-LOADED, ANSWERED_ALONE, ANSWERED_MIXED = 0.05, 0.25, 0.55
+LOADED, ANSWERED = 0.05, 0.65
+
+
+class Part(Strict):
+    """Rows `first` to `last` (exclusive), answered in calls of `batch` rows; by length if `sort`, else as they come."""
+
+    name: Identifier
+    first: int = Field(ge=0)
+    last: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    sort: bool = False
 
 
 class TrialRequest(Strict):
-    """`alone`: how many of the rows also run one by one. `batch`: rows of a mixed batch. Latencies for every pair of
+    """What to run. The processor time of a row comes from the first `cost_rows` rows; latencies from every pair of
     `batches` and `lengths` that fits into `latency_seconds`."""
 
     variant: Path
     device: Device
     threads: int
-    alone: int
-    batch: int
-    batches: list[int]
-    lengths: list[int]
-    latency_seconds: float
+    parts: list[Part]
+    cost_rows: int = 0
+    batches: list[int] = Field(default=[])
+    lengths: list[int] = Field(default=[])
+    latency_seconds: float = 0.0
 
 
 class TrialResult(Strict):
+    """`stage_cpu_ms`: processor milliseconds that each stage adds for an average row; empty if nothing was timed."""
+
     load_seconds: float
     cells: list[LatencyCell]
+    stage_cpu_ms: list[float]
     peak_memory_bytes: int
 
 
@@ -51,6 +71,7 @@ Report = Callable[[float], None]
 
 
 def run_trial(folder: Path, report: Report) -> None:
+    """Outputs are float32 [rows, stages, width] for each part."""
     request = TrialRequest.model_validate_json((folder / REQUEST_FILE).read_bytes())
     rows = load_rows(folder / ROWS_FILE)
     started = time.perf_counter()
@@ -59,11 +80,13 @@ def run_trial(folder: Path, report: Report) -> None:
     engine.warm_up()
     load_seconds = time.perf_counter() - started
     report(LOADED)
-    alone = _answers(engine, rows[: request.alone], 1, _part(report, LOADED, ANSWERED_ALONE))
-    mixed = _answers(engine, rows, request.batch, _part(report, ANSWERED_ALONE, ANSWERED_MIXED))
-    cells = _latencies(engine, rows, request, _part(report, ANSWERED_MIXED, 1.0))
-    np.savez(folder / OUTPUTS_FILE, alone=alone, mixed=mixed)
-    result = TrialResult(load_seconds=load_seconds, cells=cells, peak_memory_bytes=peak_memory_bytes())
+    outputs = _all_answers(engine, rows, request.parts, _part(report, LOADED, ANSWERED))
+    costs = _stage_cpu_ms(engine, rows[: request.cost_rows]) if request.cost_rows else []
+    cells = _latencies(engine, rows, request, _part(report, ANSWERED, 1.0)) if request.latency_seconds else []
+    np.savez(folder / OUTPUTS_FILE, **outputs)  # type: ignore[arg-type]
+    result = TrialResult(
+        load_seconds=load_seconds, cells=cells, stage_cpu_ms=costs, peak_memory_bytes=peak_memory_bytes()
+    )
     (folder / RESULT_FILE).write_text(result.model_dump_json())
     engine.close()
 
@@ -98,12 +121,68 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _answers(engine: Engine, rows: list[Row], batch: int, report: Report) -> Floats:
-    values = []
-    for start in range(0, len(rows), batch):
-        values.append(engine.run(Rows.of(rows[start : start + batch])).values)
-        report(min(1.0, (start + batch) / len(rows)))
-    return np.concatenate(values)
+def _all_answers(engine: Engine, rows: list[Row], parts: list[Part], report: Report) -> dict[str, Floats]:
+    outputs: dict[str, Floats] = {}
+    total = sum(part.last - part.first for part in parts)
+    done = 0
+    for part in parts:
+        chosen = rows[part.first : part.last]
+        before = done / total
+        done += len(chosen)
+        outputs[part.name] = _answers(engine, chosen, part, _part(report, before, done / total))
+    return outputs
+
+
+def _answers(engine: Engine, rows: list[Row], part: Part, report: Report) -> Floats:
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index])) if part.sort else list(range(len(rows)))
+    values: Floats | None = None
+    for start in range(0, len(order), part.batch):
+        chosen = order[start : start + part.batch]
+        found = _every_stage(engine, Rows.of([rows[index] for index in chosen]))
+        if values is None:
+            values = np.empty((len(rows), *found.shape[1:]), np.float32)
+        values[chosen] = found
+        report(min(1.0, (start + part.batch) / len(rows)))
+    return np.zeros((0, 1, engine.manifest.task.width), np.float32) if values is None else values
+
+
+def _every_stage(engine: Engine, rows: Rows) -> Floats:
+    """float32 [rows, stages, width]."""
+    if engine.manifest.stages:
+        return staged(engine).by_stage(rows)
+    return engine.run(rows).values[:, None, :]
+
+
+def staged(engine: Engine) -> StagedEncoder:
+    from workers.staged_encoder import StagedEncoder
+
+    assert isinstance(engine, StagedEncoder)
+    return engine
+
+
+def _stage_cpu_ms(engine: Engine, rows: list[Row]) -> list[float]:
+    """Processor milliseconds that each stage adds for an average row, in batches of similar length."""
+    ordered = sorted(rows, key=len)
+    batches = [Rows.of(ordered[start : start + BULK_ROWS]) for start in range(0, len(ordered), BULK_ROWS)]
+    totals = []
+    for stage in range(engine.manifest.exits + 1):
+        exits = [_leaving_at(stage, engine.manifest.exits, len(batch)) for batch in batches]
+        # The better of two, since others may have been at work in one of them.
+        totals.append(min(_cpu_ms(engine, batches, exits) for _ in range(2)) / len(rows))
+    # A stage that is nearly free may seem to cost less than nothing.
+    return [max(float(added), 1e-6) for added in np.diff(totals, prepend=0.0)]
+
+
+def _leaving_at(stage: int, exits: int, rows: int) -> Exits:
+    thresholds = np.where(np.arange(exits) == stage, np.float32(0), np.float32(2))
+    return Exits(np.repeat(thresholds[None, :], rows, axis=0).astype(np.float32), np.ones(exits, np.float32))
+
+
+def _cpu_ms(engine: Engine, batches: list[Rows], exits: list[Exits]) -> float:
+    started = time.process_time()
+    for batch, leaving in zip(batches, exits, strict=True):
+        engine.run(batch, leaving)
+    return (time.process_time() - started) * 1000
 
 
 def _latencies(engine: Engine, rows: list[Row], request: TrialRequest, report: Report) -> list[LatencyCell]:

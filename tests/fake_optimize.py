@@ -16,10 +16,11 @@ from rich.console import Console
 from fettle.answers import Floats
 from fettle.config import DataFiles, OptimizeConfig
 from fettle.family import Family
-from fettle.manifest import Precision, Runtime, Source, Task, TokenizerSpec
+from fettle.manifest import Analysis, Precision, Runtime, Source, Task, TokenizerSpec
 from fettle.rows import Row
 from fettle.store import sha256_bytes
-from optimize import hardware, load, measure, pipeline, recipes
+from optimize import hardware, measure, pipeline, recipes, search, train
+from optimize.point_trial import run_point_trial
 from optimize.progress import Progress
 from optimize.recipes import Bench, Pass, Recipe
 from optimize.trial import run_trial
@@ -36,6 +37,8 @@ class FakeReference:
         default_factory=lambda: Source(name="fake", architecture="Fake", sha256=sha256_bytes(b"fake"))
     )
     notes: dict[str, JsonValue] = field(default_factory=dict)
+    layers: int = 2
+    shares_layers: bool = False
 
 
 def fake_pass(text: str = "weights", **parameters: Any) -> Pass:
@@ -63,15 +66,16 @@ REFERENCE = fake_recipe(recipes.REFERENCE, parent=None)
 
 def install(patch: pytest.MonkeyPatch, plan: Sequence[Recipe], *, in_process: bool = True) -> None:
     """Make `optimize.pipeline.run` use this plan. `in_process`: variants are tried here, not in processes."""
-    patch.setattr(load, "load_reference", lambda source, task=None: FakeReference())
-    patch.setattr(recipes, "chosen", lambda wanted: [item for item in plan if wanted is None or item.id in wanted])
+    patch.setattr(pipeline, "load_reference", lambda source, task=None: FakeReference())
+    patch.setattr(search, "agenda", lambda state: iter(plan))
+    patch.setattr(train, "analyse", lambda work: Analysis(layer_influence=[0.2, 0.1]))
     patch.setattr(recipes, "unavailable", list)
     patch.setattr(hardware, "describe", lambda: fakes.HARDWARE)
     patch.setattr(hardware, "busy_share", lambda: 0.0)
     patch.setattr(measure, "reference_values", _reference_values)
     patch.setattr(measure, "LATENCY_SECONDS", 0.05)
     if in_process:
-        patch.setattr(measure, "_run_child", run_trial)
+        patch.setattr(measure, "run_child", _run_here)
 
 
 def write_data(path: Path, rows: int = 400, *, start: int = 0) -> Path:
@@ -99,6 +103,10 @@ def run(config: OptimizeConfig, say: Callable[[str], Any] = lambda text: None) -
         return pipeline.run(config, Progress(console))
     finally:
         say(console.export_text())
+
+
+def _run_here(module: str, folder: Path, report: Callable[[float], None]) -> None:
+    {"optimize.trial": run_trial, "optimize.point_trial": run_point_trial}[module](folder, report)
 
 
 class _Nowhere:

@@ -73,6 +73,10 @@ def open_engine(directory: Path, options: EngineOptions | None = None) -> Engine
             raise problem
     match manifest.runtime:
         case Runtime.ONNX:
+            if manifest.stages:
+                from workers.staged_encoder import StagedEncoder
+
+                return StagedEncoder(directory, manifest, options)
             from workers.onnx_encoder import OnnxEncoder
 
             return OnnxEncoder(directory, manifest, options)

@@ -7,6 +7,7 @@ beyond which activations only fall out of its cache, and unequal rows cost no pa
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class OnnxEncoder:
             FamilyError: ONNX Runtime cannot load the graph.
         """
         self.manifest = manifest
-        self._call_tokens = CALL_TOKENS * options.threads if options.device == "cpu" else None
-        self._session: ort.InferenceSession | None = _open(directory / MODEL_FILE, options)
+        self._call_tokens = call_tokens(options)
+        self._session: ort.InferenceSession | None = open_session(directory / MODEL_FILE, options)
         self._typed = any(item.name == "token_type_ids" for item in self._session.get_inputs())
 
     def warm_up(self) -> None:
@@ -56,21 +57,12 @@ class OnnxEncoder:
             raise EngineError("the engine is closed")
         started = time.perf_counter()
         values = np.empty((len(rows), self.manifest.task.width), np.float32)
-        for chosen, part in self._parts(rows):
+        for chosen, part in in_calls(rows, self._call_tokens, row_by_row=self.manifest.row_by_row):
             values[chosen] = self._call(self._session, part)
         return Outputs(values, (time.perf_counter() - started) * 1e3)
 
     def close(self) -> None:
         self._session = None
-
-    def _parts(self, rows: Rows) -> list[tuple[NDArray[np.int64], Rows]]:
-        """The batch as the calls that answer it: row numbers, and those rows."""
-        if self._call_tokens is None or len(rows) == 1 or rows.longest * len(rows) <= self._call_tokens // 2:
-            return [(np.arange(len(rows)), rows)]
-        order = np.argsort(rows.lengths, kind="stable").tolist()
-        calls = in_batches(order, rows.lengths.tolist(), len(rows), self._call_tokens)
-        starts = np.cumsum(rows.lengths) - rows.lengths
-        return [(np.array(chosen), _taken(rows, starts, chosen)) for chosen in calls]
 
     def _call(self, session: ort.InferenceSession, rows: Rows) -> NDArray[np.float32]:
         ids, mask, types = rows.padded(self.manifest.tokenizer.pad_id)
@@ -84,6 +76,30 @@ class OnnxEncoder:
                 f"ONNX Runtime failed on a batch of {len(rows)} rows of up to {rows.longest} tokens"
             ) from error
         return values
+
+
+def call_tokens(options: EngineOptions) -> int | None:
+    """Padded tokens of one call, None for as many as there are."""
+    return CALL_TOKENS * options.threads if options.device == "cpu" else None
+
+
+def in_calls(rows: Rows, tokens: int | None, *, row_by_row: bool) -> list[tuple[NDArray[np.int64], Rows]]:
+    """The batch as the calls that answer it: row numbers, and those rows."""
+    if row_by_row:
+        return [(np.array([row]), taken(rows, [row])) for row in range(len(rows))]
+    if tokens is None or len(rows) == 1 or rows.longest * len(rows) <= tokens // 2:
+        return [(np.arange(len(rows)), rows)]
+    order = np.argsort(rows.lengths, kind="stable").tolist()
+    calls = in_batches(order, rows.lengths.tolist(), len(rows), tokens)
+    return [(np.array(chosen), taken(rows, chosen)) for chosen in calls]
+
+
+def taken(rows: Rows, chosen: Sequence[int]) -> Rows:
+    """The rows of these numbers, in this order."""
+    starts = np.cumsum(rows.lengths) - rows.lengths
+    where = np.concatenate([np.arange(starts[row], starts[row] + rows.lengths[row]) for row in chosen])
+    types = None if rows.type_ids is None else rows.type_ids[where]
+    return Rows(rows.ids[where], rows.lengths[list(chosen)], types)
 
 
 def session_options(threads: int) -> ort.SessionOptions:
@@ -112,7 +128,7 @@ ORT_ERRORS = (
 _NO_CUDA = "no CUDA device is usable by ONNX Runtime; check the driver and CUDA libraries, or set device to cpu"
 
 
-def _open(path: Path, options: EngineOptions) -> ort.InferenceSession:
+def open_session(path: Path, options: EngineOptions) -> ort.InferenceSession:
     cpu = options.device == "cpu"
     if not cpu and "CUDAExecutionProvider" not in ort.get_available_providers():
         raise UsageError(_NO_CUDA)
@@ -132,9 +148,3 @@ def _open(path: Path, options: EngineOptions) -> ort.InferenceSession:
     if not cpu and "CUDAExecutionProvider" not in session.get_providers():
         raise UsageError(_NO_CUDA)
     return session
-
-
-def _taken(rows: Rows, starts: NDArray[np.int64], chosen: list[int]) -> Rows:
-    where = np.concatenate([np.arange(starts[row], starts[row] + rows.lengths[row]) for row in chosen])
-    types = None if rows.type_ids is None else rows.type_ids[where]
-    return Rows(rows.ids[where], rows.lengths[chosen], types)

@@ -73,7 +73,7 @@ def test_a_second_run_changes_nothing_but_family_json(tmp_path: Path, monkeypatc
     said: list[str] = []
     after = run(config, said.append).manifest
     assert after == before
-    assert {name for name, time in when(config.out).items() if time != times[name]} == {"family.json"}
+    assert {name for name, time in when(config.out).items() if time != times[name]} == {"family.json", "report.html"}
     assert said[0].count("already") == 4
 
 
@@ -109,7 +109,7 @@ def test_measuring_again_on_request_builds_nothing(tmp_path: Path, monkeypatch: 
     times = when(config.out)
     run(config.model_copy(update={"remeasure": True}))
     changed = {name for name, time in when(config.out).items() if time != times[name]}
-    assert changed == {"family.json", "variants/cheap/manifest.json", "variants/torch-fp32/manifest.json"}
+    assert changed == {"family.json", "report.html", "variants/cheap/manifest.json", "variants/torch-fp32/manifest.json"}
 
 
 def test_a_busy_machine_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

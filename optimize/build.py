@@ -1,0 +1,201 @@
+"""Variants as directories: built by their recipes' passes, measured, and taken over where they are there already.
+
+A directory with a manifest is complete. What fails is one variant less, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from fettle.errors import FamilyError, PassError
+from fettle.family import (
+    MANIFEST_FILE,
+    check_files,
+    parse_manifest,
+    record_files,
+    variant_directory,
+    write_manifest,
+)
+from fettle.manifest import NotBuilt, PassRecord, Resources, VariantManifest
+from fettle.store import new_directory
+from optimize import measure, train
+from optimize.recipes import Bench, Pass, Recipe
+from optimize.train import Student
+from optimize.workspace import Work, fingerprint_of
+
+MEASURE_SECONDS = 40.0
+# No later step can succeed where one of these stopped an earlier one.
+FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@dataclass
+class Builder:
+    """Makes variants one by one; `built` are complete and measured, `not_built` are those that failed, with reasons."""
+
+    work: Work
+    built: dict[str, VariantManifest] = field(default_factory=dict)
+    not_built: list[NotBuilt] = field(default_factory=list)
+
+    def make(self, recipe: Recipe) -> VariantManifest | None:
+        """Build and measure one variant; None if that failed.
+
+        Raises:
+            PassError: the reference itself could not be built or measured.
+        """
+        step = build_step(recipe.id)
+        try:
+            if recipe.parent is not None and recipe.parent not in self.built:
+                raise PassError(f"{recipe.parent}, which it is made from, failed")
+            manifest = self._build(recipe)
+            step = measure_step(recipe.id)
+            self.built[recipe.id] = self._measure(manifest)
+        except PassError as error:
+            if recipe.parent is None:
+                raise
+            self.give_up(recipe.id, error.message, step)
+            return None
+        return self.built[recipe.id]
+
+    def give_up(self, name: str, reason: str, step: str) -> None:
+        self.not_built.append(NotBuilt(id=name, reason=reason))
+        self.work.progress.fail(step, reason)
+
+    def _build(self, recipe: Recipe) -> VariantManifest:
+        work = self.work
+        step, directory = build_step(recipe.id), variant_directory(work.config.out, recipe.id)
+        parent = self.built.get(recipe.parent or "")
+        student = self._student(recipe)
+        fingerprint = self._fingerprint(recipe, parent, student)
+        found = existing(work, recipe.id, fingerprint)
+        if found is not None:
+            work.progress.skip(step, "already there")
+            return found
+        with work.progress.step(step) as report, new_directory(directory) as new:
+            bench = Bench(
+                reference=work.reference if student is None else replace(work.reference, model=student.scorer),
+                directory=new,
+                parent=None if parent is None else variant_directory(work.config.out, parent.id),
+                sample=work.sample,
+                calibration=lambda: work.calibration_rows,
+                multi_exit=None if student is None else student.multi_exit,
+            )
+            records = [] if student is None else list(student.passes)
+            for index, item in enumerate(recipe.passes):
+                records.append(apply(item, bench))
+                report((index + 1) / len(recipe.passes))
+            manifest = VariantManifest(
+                id=recipe.id,
+                parent=recipe.parent,
+                runtime=recipe.runtime,
+                precision=recipe.precision,
+                recipe=records,
+                tokenizer=work.reference.tokenizer,
+                task=work.reference.task,
+                files=record_files(new),
+                stages=bench.stages,
+                row_by_row=recipe.row_by_row,
+                fingerprint=fingerprint,
+                resources=Resources(cpus=work.config.threads),
+            )
+            # Last: a directory with a manifest is complete.
+            write_manifest(new / MANIFEST_FILE, manifest)
+        return manifest
+
+    def _student(self, recipe: Recipe) -> Student | None:
+        if recipe.plan is None:
+            return None
+        missing = [name for name in recipe.needs if not self.work.has(name)]
+        if missing:
+            raise PassError(f"the data have no {missing[0]} split, which training needs; give --{missing[0]} or --data")
+        with contained(f"train {recipe.plan.id}"):
+            return train.make_student(self.work, recipe.plan)
+
+    def _fingerprint(self, recipe: Recipe, parent: VariantManifest | None, student: Student | None) -> str:
+        return self.work.fingerprint_of(
+            recipe=[recipe.id, [[step.name, step.parameters] for step in recipe.passes]],
+            parent=parent.fingerprint if parent else None,
+            student=student.fingerprint if student else None,
+        )
+
+    def _measure(self, manifest: VariantManifest) -> VariantManifest:
+        work = self.work
+        step, directory = measure_step(manifest.id), variant_directory(work.config.out, manifest.id)
+        fingerprint = fingerprint_of(
+            variant=manifest.fingerprint,
+            splits={name: work.splits[name].sha256 for name in ("test", "validation") if work.has(name)},
+            max_rows=work.config.max_rows,
+            seed=work.config.seed,
+            threads=work.config.threads,
+            cosine_floor=work.config.cosine_floor,
+            hardware=work.hardware.model_dump(mode="json"),
+        )
+        done = manifest.measured is not None and manifest.measured.fingerprint == fingerprint
+        if done and not work.config.remeasure:
+            work.progress.skip(step, "already done")
+            return manifest
+        exam = work.exam
+        with work.progress.step(step) as report:
+            found = measure.measure(directory, exam, fingerprint, report)
+        resources = Resources(cpus=work.config.threads, memory_bytes=found.peak_memory_bytes)
+        manifest = manifest.model_copy(update={"measured": found, "resources": resources})
+        write_manifest(directory / MANIFEST_FILE, manifest)
+        return manifest
+
+
+@contextmanager
+def contained(name: str) -> Iterator[None]:
+    """What goes wrong inside costs one variant: it becomes a PassError, unless it concerns the whole run."""
+    try:
+        yield
+    except PassError:
+        raise
+    except OSError as error:
+        if error.errno in FATAL:
+            raise
+        raise PassError(f"{name}: {_first_line(error)}") from error
+    except Exception as error:
+        # Exporters, quantizers and models raise anything at all, and one variant less is no reason to lose the others.
+        raise PassError(f"{name}: {_first_line(error)}") from error
+
+
+def apply(step: Pass, bench: Bench) -> PassRecord:
+    """Run one pass and record it.
+
+    Raises:
+        PassError: it failed, for whatever reason that does not concern the whole run.
+    """
+    started = time.perf_counter()
+    with contained(step.name):
+        notes = step.apply(bench)
+    return PassRecord(
+        name=step.name, parameters=step.parameters, seconds=round(time.perf_counter() - started, 3), notes=notes
+    )
+
+
+def existing(work: Work, name: str, fingerprint: str) -> VariantManifest | None:
+    """The variant if it was made from the same things and is intact; one whose files were dropped is as good."""
+    directory = variant_directory(work.config.out, name)
+    try:
+        manifest = parse_manifest(directory / MANIFEST_FILE, VariantManifest)
+    except FamilyError:
+        return None
+    if manifest.fingerprint != fingerprint or check_files(directory, manifest.files):
+        return None
+    return manifest
+
+
+def build_step(name: str) -> str:
+    return f"build {name}"
+
+
+def measure_step(name: str) -> str:
+    return f"measure {name}"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

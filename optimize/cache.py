@@ -1,0 +1,84 @@
+"""What a run computes on the way and keeps to go on from: the reference's answers, trained students, traces.
+
+Everything lies below one folder of the family, each thing with a fingerprint of what it depends on. The folder may
+be deleted at any time; it is no part of the family that is served.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from pydantic import Field, JsonValue, ValidationError
+
+from fettle.answers import Floats
+from fettle.manifest import PassRecord, Sha256, Strict
+from fettle.store import new_directory, write_atomic
+
+FOLDER = ".work"
+RECORD_FILE = "made.json"
+
+Arrays = dict[str, Floats]
+
+
+class Made(Strict):
+    """What a finished folder says of itself: from what it was made, by which passes, and what they found."""
+
+    fingerprint: Sha256
+    passes: list[PassRecord] = Field(default=[])
+    facts: dict[str, JsonValue] = Field(default={})
+
+
+class Cache:
+    def __init__(self, family: Path) -> None:
+        self.directory = family / FOLDER
+
+    def arrays(self, name: str, fingerprint: str, compute: Callable[[], Arrays]) -> Arrays:
+        """Arrays that are computed once for each fingerprint."""
+        path = self.directory / f"{name}.npz"
+        found = _read_arrays(path, fingerprint)
+        if found is None:
+            found = compute()
+            content = io.BytesIO()
+            np.savez(content, fingerprint=np.array(fingerprint), **found)  # type: ignore[arg-type]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content.getvalue())
+        return found
+
+    def has_arrays(self, name: str, fingerprint: str) -> bool:
+        return _read_arrays(self.directory / f"{name}.npz", fingerprint) is not None
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    def made(self, name: str, fingerprint: str) -> Made | None:
+        """The record of a folder that is complete and made from the same things."""
+        try:
+            record = Made.model_validate_json((self.path(name) / RECORD_FILE).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+        return record if record.fingerprint == fingerprint else None
+
+    @contextmanager
+    def making(self, name: str) -> Iterator[tuple[Path, Callable[[Made], None]]]:
+        """Fill a folder; it is there as soon as its record is written and the block ends."""
+
+        def finish(record: Made) -> None:
+            (new / RECORD_FILE).write_text(record.model_dump_json(indent=2))
+
+        with new_directory(self.path(name)) as new:
+            yield new, finish
+
+
+def _read_arrays(path: Path, fingerprint: str) -> Arrays | None:
+    try:
+        with np.load(path) as content:
+            if str(content["fingerprint"]) != fingerprint:
+                return None
+            return {key: content[key] for key in content.files if key != "fingerprint"}
+    except (FileNotFoundError, BadZipFile, ValueError, KeyError):
+        return None
