@@ -13,7 +13,8 @@ from fettle.family import Family
 from fettle.latency import best_rows_per_second, estimate_ms
 from fettle.manifest import Level, OperatingPoint, VariantManifest
 
-CPU_MS = "CPU ms/row"
+# Headers are broken here, so that a table is as narrow as it can be.
+CPU_MS = "CPU ms\na row"
 
 
 def as_json(family: Family) -> dict[str, Any]:
@@ -96,8 +97,8 @@ def print_table(family: Family, console: Console | None = None) -> None:
     for line in _footnotes(family):
         console.print(line, style="dim", highlight=False, soft_wrap=True)
     for dropped in family.manifest.dropped:
-        line = Text(f"dropped: {dropped.id}: {dropped.reason}", style="dim")
-        console.print(line, no_wrap=True, overflow="ellipsis", highlight=False)
+        shortened = Text(f"dropped: {dropped.id}: {dropped.reason}", style="dim")
+        console.print(shortened, no_wrap=True, overflow="ellipsis", highlight=False)
     for item in family.manifest.not_built:
         console.print(f"not built: {item.id}: {item.reason}", highlight=False, soft_wrap=True, markup=False)
 
@@ -109,8 +110,8 @@ def _table(family: Family, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("variant", overflow="fold", min_width=12)
     table.add_column("runtime", no_wrap=True)
-    speed = CPU_MS if _has_cpu_ms(rows) else "best rows/s"
-    for column in ("MB", "ms at batch 1", speed, "same answers", "invariant", metric):
+    speed = CPU_MS if _has_cpu_ms(rows) else "best\nrows/s"
+    for column in ("MB", "ms at\nbatch 1", speed, "same\nanswers", "invariant", metric and metric.replace(" ", "\n")):
         if column is not None:
             table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for row in rows:
@@ -128,9 +129,9 @@ def _points_table(family: Family) -> Table:
     """Each level with the point that may be served at it, or why there is none."""
     points = {point.id: point for point in family.manifest.points}
     table = Table(title="operating points", title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for column in ("level", "bound", CPU_MS, "of the original"):
+    for column in ("level", "bound", CPU_MS, "of the\noriginal"):
         table.add_column(column, justify="right", min_width=max(map(len, column.split())))
-    table.add_column("path: shares answered by each variant's stages", overflow="fold")
+    table.add_column("path, and the share of the rows\nthat each stage on it answers", overflow="fold")
     for level in sorted(family.manifest.levels, key=lambda level: level.alpha):
         point = points.pop(level.point or "", None)
         table.add_row(*(_refused(level) if point is None else _point_cells(level.alpha, point)))
@@ -143,7 +144,7 @@ def _points_table(family: Family) -> Table:
 def _point_cells(alpha: float, point: OperatingPoint) -> list[str | Text]:
     relative = relative_cost(point)
     return [
-        f"{alpha:.1%}",
+        f"{100 * alpha:g}%",
         f"{point.certificate.upper_bound:.2%}",
         "" if point.test is None else f"{point.test.cpu_ms_per_row:.2f}",
         "" if relative is None else f"{relative:.0%}",
@@ -156,7 +157,7 @@ def _refused(level: Level) -> list[str | Text]:
     needed = level.rows_needed
     if needed is not None and str(needed) not in reason:
         reason += f"; at least {needed:,} calibration rows are needed"
-    return [f"{level.alpha:.1%}", "none", "", "", Text(reason)]
+    return [f"{100 * level.alpha:g}%", "none", "", "", Text(reason)]
 
 
 def _cells(row: dict[str, Any], mark: str, metric: str | None, speed: str) -> list[str]:

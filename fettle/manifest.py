@@ -7,30 +7,28 @@ versions fail, since a manifest is the only truth about its files.
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import PurePosixPath
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import Field, JsonValue
+
+from fettle.findings import Analysis as Analysis
+from fettle.findings import Bin as Bin
+from fettle.findings import Certificate as Certificate
+from fettle.findings import Gate as Gate
+from fettle.findings import LabelDisagreement as LabelDisagreement
+from fettle.findings import Level as Level
+from fettle.findings import OperatingPoint as OperatingPoint
+from fettle.findings import Outcome as Outcome
+from fettle.findings import ScoreCalibration as ScoreCalibration
+from fettle.findings import SelfDisagreement as SelfDisagreement
+from fettle.findings import Step as Step
+from fettle.findings import Tested as Tested
+from fettle.schema import Identifier as Identifier
+from fettle.schema import RelativePath as RelativePath
+from fettle.schema import Sha256 as Sha256
+from fettle.schema import Strict as Strict
 
 SCHEMA_VERSION: Final = 1
-
-Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _below(path: str) -> str:
-    """A manifest must not reach outside its own directory."""
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path:
-        raise ValueError("must be a relative path below the manifest's directory")
-    return path
-
-
-RelativePath = Annotated[str, AfterValidator(_below)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class TaskKind(StrEnum):
@@ -244,143 +242,6 @@ class Dropped(Strict):
     id: Identifier
     reason: str
     manifest_sha256: Sha256
-
-
-class Gate(Strict):
-    """Where a stage's answer is taken: its score, at this temperature, reaches the threshold.
-
-    Scores lie in [0, 1] (`fettle.points.confidence`), so a threshold above 1 is never reached; NaN reaches none.
-    """
-
-    threshold: float = Field(ge=0)
-    temperature: float = Field(default=1.0, gt=0)
-
-
-class Step(Strict):
-    """One variant of an operating point, with one gate for each of its stages (one if it has no exits).
-
-    A row that passes no gate goes to the next step; what reaches the last gate of the last step is answered there.
-    """
-
-    variant: Identifier
-    gates: list[Gate] = Field(min_length=1)
-
-
-class Certificate(Strict):
-    """The exact test that bounds an operating point's disagreement with the reference.
-
-    With `errors` of `rows` calibration rows answered otherwise, `p_value` = P(Bin(rows, alpha) <= errors), at most
-    `delta` for a certified point; `upper_bound` is the Clopper-Pearson bound at confidence 1 - delta.
-    """
-
-    alpha: float = Field(gt=0, lt=1)
-    delta: float = Field(gt=0, lt=1)
-    rows: int = Field(ge=1)
-    errors: int = Field(ge=0)
-    p_value: float = Field(ge=0, le=1)
-    upper_bound: float = Field(ge=0, le=1)
-    batchings: Literal["any", "worst of alone, mixed and full"] = "any"
-
-
-class Outcome(Strict):
-    """An operating point tried on `test`. `answered` [step][stage]: share of the rows answered there.
-
-    `cpu_ms_per_row` and `reference_cpu_ms_per_row` (the fp32 ONNX reference) are from one run, same threads.
-    """
-
-    rows: int = Field(ge=1)
-    errors: int = Field(ge=0)
-    disagreement: float = Field(ge=0, le=1)
-    answered: list[list[float]]
-    cpu_ms_per_row: float = Field(gt=0)
-    reference_cpu_ms_per_row: float = Field(gt=0)
-    metric_name: str | None = None
-    metric: float | None = None
-
-
-class OperatingPoint(Strict):
-    """A way to answer: variants in order with their gates, what it costs, and what is certified about it."""
-
-    id: Identifier
-    steps: list[Step] = Field(min_length=1)
-    certificate: Certificate
-    expected_cpu_ms: float = Field(ge=0, description="a row on average, from the stages' costs and validation's rows")
-    tuned_disagreement: float = Field(ge=0, le=1, description="on validation, where the thresholds were chosen")
-    test: Outcome | None = None
-
-
-class Tested(Strict):
-    """One test on a level's path, whether it was passed or not."""
-
-    label: str
-    expected_cpu_ms: float
-    tuned_disagreement: float
-    certificate: Certificate
-
-
-class Level(Strict):
-    """What came of one level of disagreement: the point that may be served at it, and every test on the way.
-
-    Without a point, `reason` says why, and `rows_needed` how many calibration rows it would take at the least.
-    """
-
-    alpha: float = Field(gt=0, lt=1)
-    point: Identifier | None = None
-    reason: str | None = None
-    rows_needed: int | None = None
-    path: list[Tested] = []
-
-
-class SelfDisagreement(Strict):
-    """The reference against itself, answered alone and in mixed batches: no level below this can be promised."""
-
-    rows: int = Field(ge=1)
-    changed: float = Field(ge=0, le=1)
-    max_difference: float = Field(ge=0)
-
-
-class Bin(Strict):
-    """Rows whose score lies in [low, high): how many, and the share of them that the reference answers alike."""
-
-    low: float
-    high: float
-    rows: int = Field(ge=0)
-    mean_score: float
-    agreed: float
-
-
-class ScoreCalibration(Strict):
-    """How far a variant's score can be trusted, at one of its stages, on validation rows."""
-
-    variant: Identifier
-    stage: int = Field(ge=0)
-    temperature: float = Field(gt=0)
-    bins: list[Bin]
-
-
-class LabelDisagreement(Strict):
-    """On the test rows that the reference gives this label: the share that each point or variant answers otherwise."""
-
-    label: str
-    rows: int = Field(ge=0)
-    changed: dict[str, float]
-
-
-class Analysis(Strict):
-    """What the passes learnt about this model; for the report only.
-
-    `layer_influence`: 1 - cosine of each layer's input and output. `head_importance` [layer][head] and
-    `neuron_importance` [layer][decile]: first-order Taylor importance, each scaled so that the largest is 1.
-    `top10_overlap`: for embeddings, the mean share of a text's ten nearest neighbours that a variant keeps.
-    """
-
-    layer_influence: list[float] = []
-    head_importance: list[list[float]] = []
-    neuron_importance: list[list[float]] = []
-    scores: list[ScoreCalibration] = []
-    labels: list[LabelDisagreement] = []
-    top10_overlap: dict[str, float] = {}
-    notes: list[str] = Field(default=[], description="what the search decided, in order, in words")
 
 
 class DataSplit(Strict):

@@ -38,6 +38,7 @@ from optimize.objective import (
 
 # How often the loss is read (which waits for the GPU), checked and reported.
 STEPS_PER_REPORT: Final = 10
+PLAIN_ATTENTION_TOKENS: Final = 128
 
 Report = Callable[[float], None]
 
@@ -89,7 +90,8 @@ def distill(student: nn.Module, data: DistillData, settings: DistillSettings, re
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(settings.seed)
-        stack.enter_context(_attention_for_training(student, device))
+        if device.type == "cpu" and _longest(data, settings) <= PLAIN_ATTENTION_TOKENS:
+            stack.enter_context(_plain_attention(student))
         result = _Training(student, data, settings, stack).run(report)
     student.eval()
     return result
@@ -240,19 +242,24 @@ def _slope(steps: int, warm_up: float) -> Callable[[int], float]:
 
 
 @contextmanager
-def _attention_for_training(student: nn.Module, device: torch.device) -> Iterator[None]:
-    """On the CPU the plain attention: with a mask, torch's fused one takes twice as long backward at these lengths."""
-    models = [module for module in student.modules() if isinstance(module, PreTrainedModel)][:1]
-    if device.type != "cpu" or not models:
+def _plain_attention(student: nn.Module) -> Iterator[None]:
+    """Attention as plain matrix products while training: with a mask, torch's fused one is twice as slow backward on
+    a CPU. It keeps every attention map, so it is for short rows only."""
+    model = next((module for module in student.modules() if isinstance(module, PreTrainedModel)), None)
+    if model is None:
         yield
         return
-    model = models[0]
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def _longest(data: DistillData, settings: DistillSettings) -> int:
+    longest = max(len(row) for row in data.rows)
+    return min(longest, settings.max_tokens or longest)
 
 
 def _trained(student: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

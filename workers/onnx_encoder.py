@@ -53,6 +53,7 @@ class OnnxEncoder:
         Raises:
             EngineError: ONNX Runtime failed on this batch.
         """
+        del exits  # one stage only, so there is nothing to leave by
         if self._session is None:
             raise EngineError("the engine is closed")
         started = time.perf_counter()

@@ -122,6 +122,7 @@ class TorchEncoder:
         Raises:
             EngineError: torch failed on this batch, out of memory included.
         """
+        del exits  # one stage only, so there is nothing to leave by
         if self._scorer is None:
             raise EngineError("the engine is closed")
         started = time.perf_counter()

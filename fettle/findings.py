@@ -1,0 +1,150 @@
+"""What optimize found out about a family: its operating points with their certificates, and what the report shows.
+
+Part of `family.json` (`fettle.manifest`). Only shapes and checks: the tests are `fettle.certificates`, and how a point
+answers is `fettle.points`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fettle.schema import Identifier, Strict
+
+
+class Gate(Strict):
+    """Where a stage's answer is taken: its score, at this temperature, reaches the threshold.
+
+    Scores lie in [0, 1] (`fettle.points.confidence`), so a threshold above 1 is never reached; NaN reaches none.
+    """
+
+    threshold: float = Field(ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class Step(Strict):
+    """One variant of an operating point, with one gate for each of its stages (one if it has no exits).
+
+    A row that passes no gate goes to the next step; what reaches the last gate of the last step is answered there.
+    """
+
+    variant: Identifier
+    gates: list[Gate] = Field(min_length=1)
+
+
+class Certificate(Strict):
+    """The exact test that bounds an operating point's disagreement with the reference.
+
+    With `errors` of `rows` calibration rows answered otherwise, `p_value` = P(Bin(rows, alpha) <= errors), at most
+    `delta` for a certified point; `upper_bound` is the Clopper-Pearson bound at confidence 1 - delta.
+    """
+
+    alpha: float = Field(gt=0, lt=1)
+    delta: float = Field(gt=0, lt=1)
+    rows: int = Field(ge=1)
+    errors: int = Field(ge=0)
+    p_value: float = Field(ge=0, le=1)
+    upper_bound: float = Field(ge=0, le=1)
+    batchings: Literal["any", "worst of alone, mixed and full"] = "any"
+
+
+class Outcome(Strict):
+    """An operating point tried on `test`. `answered` [step][stage]: share of the rows answered there.
+
+    `cpu_ms_per_row` and `reference_cpu_ms_per_row` (the fp32 ONNX reference) are from one run, same threads.
+    """
+
+    rows: int = Field(ge=1)
+    errors: int = Field(ge=0)
+    disagreement: float = Field(ge=0, le=1)
+    answered: list[list[float]]
+    cpu_ms_per_row: float = Field(gt=0)
+    reference_cpu_ms_per_row: float = Field(gt=0)
+    metric_name: str | None = None
+    metric: float | None = None
+
+
+class OperatingPoint(Strict):
+    """A way to answer: variants in order with their gates, what it costs, and what is certified about it."""
+
+    id: Identifier
+    steps: list[Step] = Field(min_length=1)
+    certificate: Certificate
+    expected_cpu_ms: float = Field(ge=0, description="a row on average, from the stages' costs and validation's rows")
+    tuned_disagreement: float = Field(ge=0, le=1, description="on validation, where the thresholds were chosen")
+    test: Outcome | None = None
+
+
+class Tested(Strict):
+    """One test on a level's path, whether it was passed or not."""
+
+    label: str
+    expected_cpu_ms: float
+    tuned_disagreement: float
+    certificate: Certificate
+
+
+class Level(Strict):
+    """What came of one level of disagreement: the point that may be served at it, and every test on the way.
+
+    Without a point, `reason` says why, and `rows_needed` how many calibration rows it would take at the least.
+    """
+
+    alpha: float = Field(gt=0, lt=1)
+    point: Identifier | None = None
+    reason: str | None = None
+    rows_needed: int | None = None
+    path: list[Tested] = []
+
+
+class SelfDisagreement(Strict):
+    """The reference against itself, answered alone and in mixed batches: no level below this can be promised."""
+
+    rows: int = Field(ge=1)
+    changed: float = Field(ge=0, le=1)
+    max_difference: float = Field(ge=0)
+
+
+class Bin(Strict):
+    """Rows whose score lies in [low, high): how many, and the share of them that the reference answers alike."""
+
+    low: float
+    high: float
+    rows: int = Field(ge=0)
+    mean_score: float
+    agreed: float
+
+
+class ScoreCalibration(Strict):
+    """How far a variant's score can be trusted, at one of its stages, on validation rows."""
+
+    variant: Identifier
+    stage: int = Field(ge=0)
+    temperature: float = Field(gt=0)
+    bins: list[Bin]
+
+
+class LabelDisagreement(Strict):
+    """On the test rows that the reference gives this label: the share that each point or variant answers otherwise."""
+
+    label: str
+    rows: int = Field(ge=0)
+    changed: dict[str, float]
+
+
+class Analysis(Strict):
+    """What the passes learnt about this model; for the report only.
+
+    `layer_influence`: 1 - cosine of each layer's input and output. `head_importance` [layer][head] and
+    `neuron_importance` [layer][decile]: first-order Taylor importance, each scaled so that the largest is 1.
+    `top10_overlap`: for embeddings, the mean share of a text's ten nearest neighbours that a variant keeps.
+    """
+
+    layer_influence: list[float] = []
+    head_importance: list[list[float]] = []
+    neuron_importance: list[list[float]] = []
+    scores: list[ScoreCalibration] = []
+    labels: list[LabelDisagreement] = []
+    top10_overlap: dict[str, float] = {}
+    notes: list[str] = Field(default=[], description="what the search decided, in order, in words")
