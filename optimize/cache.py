@@ -29,8 +29,8 @@ class Made(Strict):
     """What a finished folder says of itself: from what it was made, by which passes, and what they found."""
 
     fingerprint: Sha256
-    passes: list[PassRecord] = Field(default=[])
-    facts: dict[str, JsonValue] = Field(default={})
+    passes: list[PassRecord] = []
+    facts: dict[str, JsonValue] = {}
 
 
 class Cache:

@@ -83,7 +83,7 @@ def distill(student: nn.Module, data: DistillData, settings: DistillSettings, re
 
     Raises:
         UsageError: data and settings do not fit together.
-        PassError: the loss is no longer a number.
+        PassError: the loss is no longer a number, or the teacher's values are none.
     """
     _check(student, data, settings)
     device = device_of(student)
@@ -186,7 +186,7 @@ class _Judge:
     def evaluate(self, step: int, loss: float | None) -> None:
         answers = self._answers()
         shares = exit_shares(self._settings, len(answers))
-        changed = [float(disagreements(values, self._teacher, self._data.task).mean()) for values in answers]
+        changed = [self._changed(values) for values in answers]
         latest = Evaluation(
             step=step,
             loss=loss,
@@ -215,6 +215,9 @@ class _Judge:
                 batches.append([values.float().cpu().numpy() for values in as_list(self._student(*batch))])
         back = np.argsort(np.concatenate(self._batches))
         return [np.concatenate(values)[back] for values in zip(*batches, strict=True)]
+
+    def _changed(self, values: Floats) -> float:
+        return float(disagreements(values, self._teacher, self._data.task, self._data.cosine_floor).mean())
 
     def _distance(self, values: Floats) -> float:
         if self._data.task.kind is TaskKind.EMBED:
@@ -272,6 +275,8 @@ def _check(student: nn.Module, data: DistillData, settings: DistillSettings) -> 
     pairs = ((data.rows, data.teacher), (data.tuning_rows, data.tuning_teacher))
     if any(values.shape != (len(rows), data.task.width) for rows, values in pairs):
         raise UsageError(f"the teacher's values must be [rows, {data.task.width}], one row for each row of the data")
+    if not all(np.isfinite(values).all() for _, values in pairs):
+        raise PassError("the teacher answers some rows with values that are not finite; nothing can learn from those")
     if not any(True for _ in _trained(student)):
         raise UsageError(
             "no parameter of the student requires a gradient; call `requires_grad_(True)` on what to train"
@@ -287,5 +292,5 @@ def _check_loss(total: Tensor, step: int, settings: DistillSettings) -> None:
     if not bool(torch.isfinite(total)):
         raise PassError(
             f"the training loss is no longer a number after {step} steps at learning rate {settings.learning_rate:g}; "
-            "lower learning_rate or set bf16 to false, and see that the teacher's values are finite"
+            "lower learning_rate or set bf16 to false"
         )

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fettle.answers import Floats
+from fettle.answers import EMBEDDING_COSINE_FLOOR, Floats
 from fettle.errors import UsageError
 from fettle.manifest import Head, Strict, Task, TaskKind, TokenizerSpec
 from fettle.rows import Row
@@ -72,7 +72,7 @@ class DistillData:
     """What to learn: rows with the teacher's values, float32 [rows, width] (logits or vectors), as computed before.
 
     `tuning_rows` decide which weights are kept. `scorer` is the teacher itself, on the student's device; only the
-    losses on hidden states and relations need it.
+    losses on hidden states and relations need it. For embeddings, a cosine below `cosine_floor` is a disagreement.
     """
 
     rows: list[Row]
@@ -82,6 +82,7 @@ class DistillData:
     task: Task
     tokenizer: TokenizerSpec
     scorer: Scorer | None = None
+    cosine_floor: float = EMBEDDING_COSINE_FLOOR
 
 
 class Objective:
@@ -99,6 +100,7 @@ class Objective:
         device: torch.device,
         stack: ExitStack,
     ) -> None:
+        """Watch the hidden states of both models, if they are asked for, until `stack` closes."""
         self._student, self._settings, self._device = student, settings, device
         self._answers = answer_loss(data, settings)
         self._teacher = data.scorer

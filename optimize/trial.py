@@ -53,8 +53,8 @@ class TrialRequest(Strict):
     threads: int
     parts: list[Part]
     cost_rows: int = 0
-    batches: list[int] = Field(default=[])
-    lengths: list[int] = Field(default=[])
+    batches: list[int] = []
+    lengths: list[int] = []
     latency_seconds: float = 0.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -177,6 +178,8 @@ def test_embeddings_learn_even_while_all_disagree(tmp_path):
     assert result.history[0].disagreement > 0.9
     assert result.best.distance < result.history[0].distance / 4
     assert result.best.step > 0
+    strict = dataclasses.replace(data_of(reference), cosine_floor=0.0)
+    assert run(student_of(reference), strict, epochs=0.1).history[0].disagreement < 0.1
 
 
 def test_bfloat16_learns_too(reference, data):
@@ -314,6 +317,22 @@ def test_a_loss_that_is_no_number_is_refused(reference, data):
         run(student, data)
 
 
+def test_a_teacher_without_finite_answers_is_refused(reference, data):
+    broken = data.teacher.copy()
+    broken[3, 1] = np.inf
+    with pytest.raises(PassError, match="not finite"):
+        run(student_of(reference), dataclasses.replace(data, teacher=broken))
+
+
+def test_both_kinds_of_attention_train_alike(reference, data, monkeypatch):
+    plain = run(student_of(reference), data, epochs=0.5)
+    monkeypatch.setattr("optimize.distill.PLAIN_ATTENTION_TOKENS", 0)
+    fused = run(student_of(reference), data, epochs=0.5)
+    assert [entry.loss for entry in plain.history[1:]] == pytest.approx(
+        [entry.loss for entry in fused.history[1:]], rel=1e-3
+    )
+
+
 def test_hooks_and_attention_are_put_back_after_a_failure(reference):
     data = data_of(reference, train=32, tuning=16, scorer=True)
     student = student_of(reference)
@@ -337,9 +356,9 @@ def test_what_does_not_fit_is_refused(reference, data):
     with pytest.raises(UsageError, match="requires a gradient"):
         run(copy.deepcopy(reference.model), data)
     with pytest.raises(UsageError, match="one row for each"):
-        run(student, DistillData(data.rows[1:], data.teacher, data.tuning_rows, data.tuning_teacher, data.task, SPEC))
+        run(student, dataclasses.replace(data, rows=data.rows[1:]))
     with pytest.raises(UsageError, match="give more data"):
-        run(student, DistillData([], data.teacher, data.tuning_rows, data.tuning_teacher, data.task, SPEC))
+        run(student, dataclasses.replace(data, rows=[]))
     with pytest.raises(UsageError, match="transformers model"):
         run(nn.Linear(2, 2), data_of(reference, train=16, tuning=16, scorer=True), relation_weight=1.0)
 
