@@ -318,8 +318,9 @@ def demo(
     from examples.demo import DemoOptions, run
 
     options = DemoOptions(out, port=port, questions=questions, training_rows=training_rows)
-    outcomes = run(options, Console(stderr=False))
-    _print_json({"directory": str(out), "questions": questions, "variants": [asdict(row) for row in outcomes]})
+    outcomes, levels = run(options, Console(stderr=False))
+    figures = {"variants": [asdict(row) for row in outcomes], "levels": [asdict(row) for row in levels]}
+    _print_json({"directory": str(out), "questions": questions, **figures})
 
 
 def _print_welcome(url: str, config: Any) -> None:

@@ -94,6 +94,7 @@ def print_table(family: Family, console: Console | None = None) -> None:
     if family.manifest.points or family.manifest.levels:
         console.print()
         console.print(_points_table(family))
+        console.print()
     for line in _footnotes(family):
         console.print(line, style="dim", highlight=False, soft_wrap=True)
     for dropped in family.manifest.dropped:

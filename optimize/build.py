@@ -56,7 +56,8 @@ class Builder:
         except PassError as error:
             if recipe.parent is None:
                 raise
-            self.give_up(recipe.id, error.message, step)
+            measuring = step == measure_step(recipe.id)
+            self.give_up(recipe.id, f"measuring failed: {error.message}" if measuring else error.message, step)
             return None
         return self.built[recipe.id]
 

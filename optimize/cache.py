@@ -7,13 +7,16 @@ be deleted at any time; it is no part of the family that is served.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-from pydantic import Field, JsonValue, ValidationError
+from numpy.typing import NDArray
+from pydantic import JsonValue, ValidationError
 
 from fettle.answers import Floats
 from fettle.manifest import PassRecord, Sha256, Strict
@@ -21,6 +24,8 @@ from fettle.store import new_directory, write_atomic
 
 FOLDER = ".work"
 RECORD_FILE = "made.json"
+# What reading a damaged archive from memory raises, from its directory down to a header.
+DAMAGED = (BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, KeyError, RuntimeError)
 
 Arrays = dict[str, Floats]
 
@@ -44,7 +49,7 @@ class Cache:
         if found is None:
             found = compute()
             content = io.BytesIO()
-            np.savez(content, fingerprint=np.array(fingerprint), **found)  # type: ignore[arg-type]
+            np.savez(content, made_from=_made_from(fingerprint, found), **found)  # type: ignore[arg-type]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, content.getvalue())
         return found
@@ -75,10 +80,21 @@ class Cache:
 
 
 def _read_arrays(path: Path, fingerprint: str) -> Arrays | None:
+    """None where there is no file, where it is damaged, and where it was made from other things."""
     try:
-        with np.load(path) as content:
-            if str(content["fingerprint"]) != fingerprint:
-                return None
-            return {key: content[key] for key in content.files if key != "fingerprint"}
-    except (FileNotFoundError, BadZipFile, ValueError, KeyError):
+        file = io.BytesIO(path.read_bytes())
+    except FileNotFoundError:
         return None
+    try:
+        with np.load(file) as content:
+            names = [name for name in content.files if name != "made_from"]
+            if content["made_from"].tolist() != _made_from(fingerprint, names).tolist():
+                return None
+            return {name: content[name] for name in names}
+    except DAMAGED:
+        return None
+
+
+def _made_from(fingerprint: str, names: Iterable[str]) -> NDArray[np.str_]:
+    """The fingerprint and the arrays' names, since an archive whose directory is damaged may have lost some."""
+    return np.array([fingerprint, *names])

@@ -35,7 +35,7 @@ from optimize.thresholds import Policy, cheapest, search
 LEVELS: Final = (0.005, 0.01, 0.02, 0.05)
 DELTA: Final = 0.05
 # Budgets of tuned disagreement along a path, as shares of the level. Beyond 1 nothing is likely to pass.
-BUDGETS: Final = tuple(np.linspace(0.2, 1.1, 19).tolist())
+BUDGETS: Final = (0.0, 0.05, 0.1, 0.15, *np.linspace(0.2, 1.1, 19).tolist())
 TEMPERATURES_SHARE = 0.1
 
 Report = Callable[[float], None]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fettle import __version__
 from fettle.answers import Floats, disagreements
+from fettle.config import Effort
 from fettle.family import (
     FAMILY_FILE,
     MANIFEST_FILE,
@@ -37,6 +38,7 @@ from fettle.manifest import (
     NotBuilt,
     OperatingPoint,
     Outcome,
+    Precision,
     Runtime,
     SelfDisagreement,
     VariantEntry,
@@ -70,7 +72,7 @@ OPTIONS = {
 }
 CERTIFY, TRY_POINTS = "search and certify operating points", "try the operating points on test"
 # Tracing costs minutes for each, and what is far from the reference answers few rows of any cascade.
-MOST_CANDIDATES = 8
+MOST_CANDIDATES = {Effort.QUICK: 4, Effort.STANDARD: 8, Effort.THOROUGH: 12}
 DROPPED_FOLDER = f"{FOLDER}/dropped"
 
 
@@ -96,7 +98,7 @@ def find_points(work: Work, variants: Mapping[str, VariantManifest], analysis: A
         )
         findings.levels = [Level(alpha=alpha, reason=reason) for alpha in sorted(work.config.levels)]
         return findings
-    traces = trace_all(work, candidates(variants, work))
+    traces = trace_all(work, candidates(work, variants))
     if _fallback(variants) not in traces:
         findings.levels = [Level(alpha=alpha, reason="the reference could not be run") for alpha in work.config.levels]
         return findings
@@ -111,20 +113,27 @@ def find_points(work: Work, variants: Mapping[str, VariantManifest], analysis: A
     return findings
 
 
-def candidates(variants: Mapping[str, VariantManifest], work: Work) -> list[VariantManifest]:
-    """Variants that a point may use: those with scores to go by, or faithful ones, the most promising of them.
+def candidates(work: Work, variants: Mapping[str, VariantManifest]) -> list[VariantManifest]:
+    """Variants that a point may use: the most promising, which cost little for how much they get right.
 
-    Promising is what costs little for how much it gets right; torch's variants are left to the original framework's
-    users, since ONNX Runtime runs the same weights faster on a CPU.
+    A variant whose answers depend on the batch would have to be certified in the worst of several batchings; it is
+    left out where one that does not depend on it has the same parent. Torch's variants are left out too: ONNX Runtime
+    runs the same weights faster on a CPU.
     """
-    fallback = _fallback(variants)
     onnx = [variant for variant in variants.values() if variant.runtime is not Runtime.TORCH]
-    if not has_scores(work.reference.task):
-        return onnx[:MOST_CANDIDATES]
+    steady = {variant.parent for variant in onnx if variant.precision is not Precision.FP32 and _invariant(variant)}
+    onnx = [variant for variant in onnx if _invariant(variant) or variant.parent not in steady]
+    fallback = _fallback(variants)
     rest = [variant for variant in onnx if variant.id not in (fallback, recipes.ONNX_REFERENCE)]
-    # A cascade pays for its first variant on every row, and gains on those that it answers.
-    ranked = sorted(rest, key=lambda variant: _expected_cascade_ms(variant, variants[fallback]))
-    return [variants[fallback], *ranked[: MOST_CANDIDATES - 1]]
+    if has_scores(work.reference.task):
+        # A cascade pays for its first variant on every row, and gains on those that it answers.
+        rest.sort(key=lambda variant: _expected_cascade_ms(variant, variants[fallback]))
+    most = MOST_CANDIDATES[work.config.effort]
+    return [variants[fallback], *rest[: most - 1]]
+
+
+def _invariant(variant: VariantManifest) -> bool:
+    return variant.measured is not None and variant.measured.batching.invariant
 
 
 def _expected_cascade_ms(variant: VariantManifest, fallback: VariantManifest) -> float:

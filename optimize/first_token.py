@@ -85,24 +85,22 @@ class _Narrowing:
         self.root = root
         self._suffix = suffix
         self._graph = graph
-        self._first = {root.input[0]}
-        self._full: set[str] = set()
         self.nodes = self._found()
+        self._made = {name for node in self.nodes for name in node.output}
         self._sliced: list[str] = []
 
     def _found(self) -> list[onnx.NodeProto]:
         """Nodes in reverse order, so that all readers of a tensor have said how much of it they need."""
         found = []
+        first, full = {self.root.input[0]}, set[str]()
         for node in reversed(self._graph.graph.node):
-            narrow = _narrow_inputs(self._graph, node)
-            if self._full.intersection(node.output) or not self._first.intersection(node.output) or not narrow:
-                if (self._full | self._first).intersection(node.output):
-                    self._full.update(node.input)
-                    self._full.update(node.output)
+            if not (first | full).intersection(node.output):
                 continue
-            self._first.update(node.input[place] for place in narrow)
-            self._full.update(name for place, name in enumerate(node.input) if place not in narrow)
-            found.append(node)
+            narrow = [] if full.intersection(node.output) else _narrow_inputs(self._graph, node)
+            first.update(node.input[place] for place in narrow)
+            full.update(name for place, name in enumerate(node.input) if place not in narrow)
+            if narrow:
+                found.append(node)
         return found[::-1]
 
     def built(self) -> list[onnx.NodeProto]:
@@ -125,7 +123,7 @@ class _Narrowing:
         return made
 
     def _narrowed(self, name: str, made: list[onnx.NodeProto]) -> str:
-        return self._slice(name, "token_axis", made) if name in self._full else f"{name}_{self._suffix}"
+        return f"{name}_{self._suffix}" if name in self._made else self._slice(name, "token_axis", made)
 
     def _slice(self, name: str, axis: str, made: list[onnx.NodeProto]) -> str:
         result = f"{name}_{self._suffix}"

@@ -40,7 +40,7 @@ def fuse(path_in: Path, path_out: Path, sample: Rows, spec: TokenizerSpec) -> di
     joined = sum(_join_attention(graph, node) for node in list(model.graph.node) if node.op_type == "Attention")
     gelus = sum(_own_gelu(node) for node in model.graph.node)
     if gelus:
-        _import_domain(model, MICROSOFT)
+        import_domain(model, MICROSOFT)
     drop_unused(model)
     # Shapes of tensors that no longer exist, or exist with another rank.
     del model.graph.value_info[:]
@@ -151,7 +151,7 @@ def _own_gelu(node: onnx.NodeProto) -> bool:
     return True
 
 
-def _import_domain(model: onnx.ModelProto, domain: str) -> None:
+def import_domain(model: onnx.ModelProto, domain: str) -> None:
     if all(item.domain != domain for item in model.opset_import):
         model.opset_import.append(helper.make_opsetid(domain, 1))
 

@@ -104,12 +104,11 @@ def choose_heads(importance: list[Tensor], keep_share: float) -> list[list[int]]
         importance: one float [heads] for each layer.
         keep_share: of all heads, above 0 and at most 1; ties and the minimum may keep more.
 
-    The scores of a layer are divided by their Euclidean norm first (Molchanov et al. 2017, used by Michel et al.
-    2019), or else the layers with the largest gradients keep everything.
+    The scores of all layers are compared as they are: they estimate changes of one loss. Dividing each layer's by
+    their norm, as Michel et al. (2019) do, changed the answers of a six-layer classifier more.
     """
-    scores = [values / values.norm().clamp(min=torch.finfo(torch.float32).tiny) for values in importance]
-    threshold = _threshold(scores, keep_share)
-    return [_largest(values, max(1, int((values >= threshold).sum()))) for values in scores]
+    threshold = _threshold(importance, keep_share)
+    return [_largest(values, max(1, int((values >= threshold).sum()))) for values in importance]
 
 
 def choose_neurons(importance: list[Tensor], keep_share: float, multiple: int = NEURON_BLOCK) -> list[list[int]]:
@@ -119,10 +118,15 @@ def choose_neurons(importance: list[Tensor], keep_share: float, multiple: int = 
         importance: one float [neurons] for each layer.
         keep_share: of all neurons, above 0 and at most 1; met up to the rounding in each layer.
         multiple: widths between two multiples of the kernels' block cost as much as the next one.
+
+    The scores of a layer are divided by their Euclidean norm first (Molchanov et al. 2017): neurons are many and go
+    together, which a first-order estimate for each alone does not see, and without the norm the last layer of a
+    classifier, where one position counts, loses nearly all.
     """
-    threshold = _threshold(importance, keep_share)
+    scores = [values / values.norm().clamp(min=torch.finfo(torch.float32).tiny) for values in importance]
+    threshold = _threshold(scores, keep_share)
     chosen = []
-    for values in importance:
+    for values in scores:
         rounded = multiple * max(1, round(int((values >= threshold).sum()) / multiple))
         chosen.append(_largest(values, min(rounded, len(values))))
     return chosen

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from fettle.errors import PassError
 from optimize.export import quiet
+from optimize.rounding import LIMIT, REDUCED_LIMIT
 
 KINDS = ["MatMul", "Gemm"]
 # A two-operand int8 product needs 7-bit weights where the processor adds pairs of products in 16 bits.
@@ -63,6 +64,11 @@ def saturates(flags: set[str] | None = None) -> bool:
     """
     flags = cpu_flags() if flags is None else flags
     return bool(flags) and not flags & VNNI_FLAGS
+
+
+def weight_limit() -> int:
+    """The largest int8 weight that this processor's products are safe with."""
+    return REDUCED_LIMIT if saturates() else LIMIT
 
 
 def cpu_flags() -> set[str]:

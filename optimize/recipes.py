@@ -81,7 +81,7 @@ class Round:
     change: str
     parameters: Notes = field(default_factory=dict)
     epochs: float = 1.0
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from optimize.report_facts import Facts
 from optimize.report_html import (
     Column,
     Html,
-    details,
     join,
     listing,
     paragraph,
@@ -23,7 +22,7 @@ PURPOSE = {
     "train": "students and exit heads learn from it",
     "validation": "thresholds are chosen on it",
     "calibration": "the certificates are tested on it, once",
-    "test": "every figure in this report is measured on it",
+    "test": "quality and the operating points’ costs are reported on it",
 }
 GLOSSARY = {
     "original, reference": "The model as it was given. All other variants are compared with its answers.",
@@ -90,7 +89,8 @@ def method(facts: Facts) -> Section:
             _measuring(facts, found) if found is not None else None,
             _definitions(terms),
             _elsewhere(facts),
-            details("Words used here", _definitions(GLOSSARY)),
+            tag("h3", "Words used here"),
+            _definitions(GLOSSARY),
         ]
     )
 
@@ -118,10 +118,10 @@ def _self_disagreement(facts: Facts) -> Html | None:
     found = facts.manifest.self_disagreement
     if found is None:
         return None
+    limit = " No level below that can be promised." if found.changed > 0 else ""
     return paragraph(
         f"The original against itself, alone and in mixed batches: {percent_of(found.changed)} of {found.rows:,} rows "
-        f"change their answer (largest difference of an output {found.max_difference:.2g}). No level below that "
-        "can be promised."
+        f"change their answer (largest difference of an output {found.max_difference:.2g}).{limit}"
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fettle.errors import FamilyError
-from fettle.family import MANIFEST_FILE, Family, parse_manifest, variant_directory
+from fettle.family import MANIFEST_FILE, Family, check_hash, parse_manifest, variant_directory
 from fettle.latency import best_rows_per_second
 from fettle.manifest import (
     FamilyManifest,
@@ -74,7 +74,8 @@ class Tried:
 class Facts:
     """`baseline` is the variant that costs are compared with: the original's weights on ONNX Runtime in float32.
 
-    `processor_time`: costs are measured processor time; otherwise the engine's own time in its best batch.
+    `processor_time`: costs are measured processor time; where no variant has it, the engine's own time in its best
+    batch stands in for it.
     """
 
     manifest: FamilyManifest
@@ -135,17 +136,14 @@ def gather(family: Family) -> Facts:
     kept = list(family.variants.values())
     dropped = _dropped(family)
     everything = [*kept, *(manifest for manifest, _ in dropped)]
-    measured = [manifest for manifest in everything if manifest.measured is not None]
-    processor_time = bool(measured) and all(
-        manifest.measured is not None and manifest.measured.row_cpu_ms is not None for manifest in measured
-    )
+    measured = [manifest.measured for manifest in everything if manifest.measured is not None]
+    processor_time = any(found.row_cpu_ms is not None for found in measured)
+    reference = family.manifest.reference
     tried = {
-        manifest.id: Tried(
-            manifest, lever_of(manifest, family.manifest.reference), _cost(manifest, processor_time), why
-        )
+        manifest.id: Tried(manifest, lever_of(manifest, reference), _cost(manifest, processor_time), why)
         for manifest, why in [*((manifest, None) for manifest in kept), *dropped]
     }
-    return Facts(family.manifest, tried, _baseline(tried, family.manifest.reference), processor_time)
+    return Facts(family.manifest, tried, _baseline(tried, reference), processor_time)
 
 
 def lever_of(manifest: VariantManifest, reference: str) -> Lever:
@@ -169,6 +167,7 @@ def _dropped(family: Family) -> list[tuple[VariantManifest, str]]:
     for item in family.manifest.dropped:
         try:
             path = variant_directory(family.directory, item.id) / MANIFEST_FILE
+            check_hash(path, item.manifest_sha256)
             found.append((parse_manifest(path, VariantManifest), item.reason))
         except FamilyError:
             # Its name and the reason are in the family's own manifest; only the figures are lost.

@@ -78,7 +78,7 @@ def scores(facts: Facts) -> Section:
                 "the score is too modest; below: too sure. Bars show how many validation rows have each score."
             ),
             tag("div", *figures, class_="grid"),
-            details("All bins as a table", table(columns, bins)) if bins else None,
+            details("All bins as a table", table(columns, bins, cards=True)) if bins else None,
         ]
     )
 

@@ -176,7 +176,8 @@ def marks_of(facts: Facts) -> list[Mark]:
             f"answers. Made so: {made}."
         )
         marks.append(Mark(item.id, item.cost, item.disagreement, item.lever.value, tip, faint=item.dropped is not None))
-    for point in facts.manifest.points:
+    # Their costs are processor time, and only comparable with that.
+    for point in facts.manifest.points if facts.processor_time else []:
         cost = point.test.cpu_ms_per_row if point.test else point.expected_cpu_ms
         share = point.test.disagreement if point.test else point.tuned_disagreement
         if cost <= 0:

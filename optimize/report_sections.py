@@ -97,7 +97,7 @@ def _thresholds(point: OperatingPoint) -> Html:
         Column("Temperature", lambda row: fixed(row[2].temperature)),
     ]
     covered = f"Thresholds of {point.id}, certified for these batchings: {point.certificate.batchings}."
-    return join([paragraph(covered), table(columns, gates)])
+    return join([paragraph(covered), table(columns, gates, cards=True)])
 
 
 def _how_certified(level: Level, point: OperatingPoint | None) -> Html | None:

@@ -120,7 +120,7 @@ def students(scheme: Scheme, state: State) -> Iterator[Recipe]:
         return
     thorough = facts.effort is Effort.THOROUGH
     if facts.has_scores and facts.layers > 1:
-        change = Round("none", epochs=3.0 if thorough else 1.5)
+        change = Round("none", epochs=6.0 if thorough else 3.0, learning_rate=2e-4)
         yield student_recipe(Plan("exits-distilled", (change,), exits=inner(facts.layers)), scheme)
     yield from shallower(scheme, state, epochs=2.0 if thorough else 1.0)
     yield from narrower(scheme, state, epochs=1.0 if thorough else 0.4)

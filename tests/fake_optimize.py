@@ -19,12 +19,13 @@ from fettle.family import Family
 from fettle.manifest import Analysis, Precision, Runtime, Source, Task, TokenizerSpec
 from fettle.rows import Row
 from fettle.store import sha256_bytes
-from optimize import hardware, measure, pipeline, recipes, search, train
+from optimize import hardware, measure, pipeline, recipes, search, train, trial
 from optimize.point_trial import run_point_trial
 from optimize.progress import Progress
 from optimize.recipes import Bench, Pass, Recipe
 from optimize.trial import run_trial
 from tests import fakes
+from workers.engine import Engine
 from workers.fake import expected
 
 
@@ -62,10 +63,16 @@ def fake_recipe(name: str, *passes: Pass, parent: str | None = recipes.REFERENCE
 
 
 REFERENCE = fake_recipe(recipes.REFERENCE, parent=None)
+# With this one among the recipes, points are certified and tried.
+ONNX_REFERENCE = fake_recipe(recipes.ONNX_REFERENCE)
 
 
 def install(patch: pytest.MonkeyPatch, plan: Sequence[Recipe], *, in_process: bool = True) -> None:
-    """Make `optimize.pipeline.run` use this plan. `in_process`: variants are tried here, not in processes."""
+    """Make `optimize.pipeline.run` use this plan.
+
+    `in_process`: variants are tried here, not in processes, and cost what their parameters say, so that which one is
+    dominated does not depend on the machine.
+    """
     patch.setattr(pipeline, "load_reference", lambda source, task=None: FakeReference())
     patch.setattr(search, "agenda", lambda state: iter(plan))
     patch.setattr(train, "analyse", lambda work: Analysis(layer_influence=[0.2, 0.1]))
@@ -76,6 +83,7 @@ def install(patch: pytest.MonkeyPatch, plan: Sequence[Recipe], *, in_process: bo
     patch.setattr(measure, "LATENCY_SECONDS", 0.05)
     if in_process:
         patch.setattr(measure, "run_child", _run_here)
+        patch.setattr(trial, "_stage_cpu_ms", _told_cpu_ms)
 
 
 def write_data(path: Path, rows: int = 400, *, start: int = 0) -> Path:
@@ -107,6 +115,14 @@ def run(config: OptimizeConfig, say: Callable[[str], Any] = lambda text: None) -
 
 def _run_here(module: str, folder: Path, report: Callable[[float], None]) -> None:
     {"optimize.trial": run_trial, "optimize.point_trial": run_point_trial}[module](folder, report)
+
+
+def _told_cpu_ms(engine: Engine, rows: list[Row]) -> list[float]:
+    """One millisecond a row, and what the fake engine was told to take for a call."""
+    (step,) = engine.manifest.recipe
+    told = step.parameters.get("ms_per_call", 0.0)
+    assert isinstance(told, int | float)
+    return [1.0 + told]
 
 
 class _Nowhere:

@@ -39,6 +39,8 @@ from fettle.manifest import (
     Source,
     Stage,
     Step,
+    Task,
+    TaskKind,
     Tested,
     VariantEntry,
     VariantManifest,
@@ -57,6 +59,7 @@ SECTIONS = [
     *("embedded", "fonts", "games", "gnome", "graphics", "hamradio", "haskell", "interpreters", "javascript", "kde"),
     *("libs", "lisp", "localization", "mail", "math", "misc", "net", "python"),
 ]
+NAME = "models/sections-minilm"
 ROWS = 3434
 CALIBRATION = 5011
 
@@ -128,18 +131,19 @@ POINTS = [
 ]
 
 
-def make_report_family(directory: Path, labels: list[str] | None = None, name: str = "sections-minilm") -> Family:
-    """Write and open the family; its model files are tiny, but their recorded sizes are realistic, so `verify`
-    objects to them."""
-    labels = labels or SECTIONS
+def make_report_family(directory: Path, task: Task | None = None, **changes: object) -> Family:
+    """Write and open the family; `changes` replace fields of its manifest. It has no model files: `verify` objects."""
+    task = task or classify_task(SECTIONS)
     (directory / "tokenizer").mkdir(parents=True)
     (directory / "tokenizer" / "tokenizer.json").write_bytes(tokenizer_json())
-    digests = {made.id: _write_variant(directory, made, labels) for made in MADE}
+    digests = {made.id: _write_variant(directory, made, task) for made in MADE}
     manifest = FamilyManifest(
         fettle_version="0.1.0",
-        name=name,
-        source=Source(name=f"models/{name}", architecture="BertForSequenceClassification", sha256=sha256_bytes(b"m")),
-        task=classify_task(labels),
+        name="sections-minilm",
+        source=Source(
+            name="models/sections-minilm", architecture="BertForSequenceClassification", sha256=sha256_bytes(b"m")
+        ),
+        task=task,
         tokenizer=tokenizer_spec(),
         tokenizer_files=record_files(directory / "tokenizer"),
         reference="torch-fp32",
@@ -161,25 +165,24 @@ def make_report_family(directory: Path, labels: list[str] | None = None, name: s
         points=[_point(*row) for row in POINTS],
         levels=_levels(),
         self_disagreement=SelfDisagreement(rows=ROWS, changed=0.0, max_difference=3.1e-6),
-        analysis=_analysis(labels),
-        command=f"fettle optimize models/{name} --data texts.jsonl.gz --out ./family --effort standard --threads 1",
+        analysis=analysis(task.labels),
+        command=f"fettle optimize {NAME} --data texts.jsonl.gz --out ./family --effort standard --threads 1",
     )
-    write_manifest(directory / FAMILY_FILE, manifest)
+    write_manifest(directory / FAMILY_FILE, manifest.model_copy(update=changes))
     return Family.open(directory)
 
 
 def make_embedding_family(directory: Path) -> Family:
     """The same variants as an embedding model, without operating points."""
-    family = make_report_family(directory)
     overlap = {made.id: 1 - 3 * made.disagreement for made in MADE}
-    changes = {
-        "task": embed_task(384),
-        "points": [],
-        "levels": [],
-        "analysis": Analysis(top10_overlap=overlap),
-        "self_disagreement": None,
-    }
-    return Family(directory, family.manifest.model_copy(update=changes), family.variants)
+    return make_report_family(
+        directory,
+        embed_task(384),
+        points=[],
+        levels=[],
+        self_disagreement=None,
+        analysis=Analysis(top10_overlap=overlap),
+    )
 
 
 def certificate(alpha: float, errors: int, rows: int = CALIBRATION, delta: float = 0.05) -> Certificate:
@@ -236,7 +239,7 @@ def _path(alpha: float, errors: tuple[int, ...]) -> list[Tested]:
     ]
 
 
-def _analysis(labels: list[str]) -> Analysis:
+def analysis(labels: list[str]) -> Analysis:
     points = [f"within-{100 * row[0]:g}-percent" for row in POINTS]
     return Analysis(
         layer_influence=[0.31, 0.12, 0.09, 0.11, 0.16, 0.42],
@@ -279,7 +282,7 @@ def _bins(stage: int) -> list[Bin]:
     ]
 
 
-def _write_variant(directory: Path, made: Made, labels: list[str]) -> str:
+def _write_variant(directory: Path, made: Made, task: Task) -> str:
     folder = variant_directory(directory, made.id)
     folder.mkdir(parents=True)
     stages = [Stage(file=f"stage{n}.onnx", layers=layers) for n, layers in enumerate((3, 5, 6))] if made.stages else []
@@ -290,15 +293,16 @@ def _write_variant(directory: Path, made: Made, labels: list[str]) -> str:
         precision=made.precision,
         recipe=list(made.recipe),
         tokenizer=tokenizer_spec(),
-        task=classify_task(labels),
+        task=task,
         files=[FileRecord(path="model.bin", sha256=sha256_bytes(b""), bytes=int(made.megabytes * 1e6))],
         stages=stages,
-        measured=_measured(made),
+        measured=_measured(made, task),
     )
     return write_manifest(folder / MANIFEST_FILE, manifest)
 
 
-def _measured(made: Made) -> Measurements:
+def _measured(made: Made, task: Task) -> Measurements:
+    vectors = task.kind is TaskKind.EMBED
     cells = [
         LatencyCell(batch=b, length=n, median_ms=made.cost * b * n / 56 + 0.4, p95_ms=made.cost * b * n / 50 + 0.4)
         for b in (1, 8, 32)
@@ -310,11 +314,12 @@ def _measured(made: Made) -> Measurements:
         quality=Quality(
             rows=ROWS,
             disagreement=made.disagreement,
-            loss="another label comes first",
+            loss="cosine below 0.98" if vectors else "another label comes first",
             max_difference=made.disagreement * 40,
-            metric_name="accuracy",
-            metric=made.accuracy,
-            reference_metric=0.8041,
+            mean_cosine=1 - made.disagreement / 5 if vectors else None,
+            metric_name=None if vectors else "accuracy",
+            metric=None if vectors else made.accuracy,
+            reference_metric=None if vectors else 0.8041,
         ),
         batching=BatchInvariance(
             rows=500, batch=32, changed=made.changed, max_difference=0.1, tolerance=1e-3, invariant=made.changed == 0

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from fettle import __version__
 from fettle.cli import app
 from fettle.store import locked
-from optimize import load
+from optimize import pipeline
 from tests.fake_optimize import REFERENCE, fake_recipe, install, write_data
 from tests.fakes import FakeVariant, change_json, embed_task, make_fake_family
 
@@ -264,7 +264,7 @@ def test_an_interrupt_exits_with_130(tmp_path: Path, data: Path, monkeypatch: py
     def interrupt(*args: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(load, "load_reference", interrupt)
+    monkeypatch.setattr(pipeline, "load_reference", interrupt)
     done = fettle("optimize", "m", "--data", data, "--out", tmp_path / "out")
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1] == "error: interrupted; the same command goes on from here"

@@ -111,12 +111,15 @@ def graph_of(path: Path, nodes: list, weights: dict[str, np.ndarray], outputs: d
     helper = onnx.helper
     table = np.random.default_rng(0).normal(size=(tiny_models.VOCABULARY, 8)).astype(np.float32)
     constants = {"table": table, "zero": np.array(0), **weights}
+    described = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank) for name, rank in outputs.items()
+    ]
     model = helper.make_model(
         helper.make_graph(
             [helper.make_node("Gather", ["table", "input_ids"], ["hidden"]), *nodes],
             "graph",
             [helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["batch", "length"])],
-            [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank) for name, rank in outputs.items()],
+            described,
             [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
         ),
         opset_imports=[helper.make_opsetid("", 23)],

@@ -266,6 +266,14 @@ def test_options_reach_the_prediction(directory: Path) -> None:
     assert predict(directory, "--max-disagreement", "7", stdin=b"fox").exit_code == 2
 
 
+def test_vectors_are_lists_of_numbers(tmp_path: Path) -> None:
+    make_fake_family(tmp_path / "vectors", task=embed_task(4))
+    (line,) = lines_of(predict(tmp_path / "vectors", stdin=b"the quick fox"))
+    vector = values_of("the quick fox", 4)
+    assert line.pop("answer") == pytest.approx((vector / np.linalg.norm(vector)).tolist(), abs=1e-6)
+    assert line == {"variant": "fake", "stage": 0, "bound": "exact", "truncated": False}
+
+
 def test_jsonl_with_pairs(directory: Path) -> None:
     done = predict(directory, "--jsonl", stdin=b'{"text": "fox", "pair": "brown"}\n{"text": "fox", "label": "red"}\n')
     single = lines_of(predict(directory, stdin=b"fox"))

@@ -140,9 +140,18 @@ def variant(directory: Path, **parameters: float) -> Path:
     return directory
 
 
-def exam(rows: list[Row]) -> measure.Exam:
+def exam(rows: list[Row], tuning: int = 0) -> measure.Exam:
     answers = np.stack([expected(row.ids, TASK.width) for row in rows])
-    return measure.Exam(TASK, rows, answers, None, threads=1, hardware=HARDWARE)
+    return measure.Exam(
+        task=TASK,
+        rows=rows,
+        reference=answers,
+        tuning_rows=rows[:tuning],
+        tuning_reference=answers[:tuning],
+        targets=None,
+        threads=1,
+        hardware=HARDWARE,
+    )
 
 
 def test_a_faithful_variant_is_measured_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

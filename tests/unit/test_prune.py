@@ -278,20 +278,25 @@ def test_the_least_influential_layers_are_never_the_first():
 
 
 def test_heads_are_ranked_over_all_layers_and_none_is_left_without():
-    importance = [torch.tensor([3.0, 4.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 1.0])]
-    # Divided by their norms: 0.6, 0.8, 0, 0 and four times 0.5.
-    assert choose_heads(importance, 0.25) == [[0, 1], [0]]
+    importance = [torch.tensor([3.0, 4.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 2.9])]
+    assert choose_heads(importance, 0.25) == [[0, 1], [3]]
+    assert choose_heads(importance, 0.375) == [[0, 1], [3]]
     assert choose_heads(importance, 0.75) == [[0, 1], [0, 1, 2, 3]]
     assert choose_heads(importance, 1.0) == [[0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_neurons_are_kept_in_whole_blocks():
-    importance = [torch.arange(64.0), torch.arange(64.0) + 40]
-    # Half of 128 have at least 52: 12 of the first layer and 52 of the second.
-    assert choose_neurons(importance, 0.5) == [list(range(48, 64)), list(range(16, 64))]
+    up = torch.arange(64.0)
+    # 38 of 128 are 19 of each layer, and 19 is nearest to 16.
+    assert choose_neurons([up, up.flip(0)], 0.3) == [list(range(48, 64)), list(range(16))]
     assert choose_neurons([torch.zeros(64), torch.ones(64)], 0.5)[0] == list(range(16))
     assert choose_neurons([torch.arange(10.0)], 0.5) == [list(range(10))]
     assert choose_neurons([torch.arange(10.0)], 0.5, multiple=1) == [[5, 6, 7, 8, 9]]
+
+
+def test_neurons_compete_on_the_scale_of_their_layer():
+    up = torch.arange(64.0)
+    assert choose_neurons([up, 10 * up], 0.5) == [list(range(32, 64))] * 2
 
 
 def test_layers_with_the_same_weights_get_the_same_choice():

@@ -32,7 +32,7 @@ NARROW = 16
 
 @pytest.mark.parametrize(
     ("total", "count", "kept"),
-    [(12, 6, [0, 2, 4, 6, 8, 10]), (6, 3, [0, 2, 4]), (6, 4, [0, 1, 3, 4]), (5, 1, [0]), (3, 3, [0, 1, 2])],
+    [(12, 6, [0, 2, 4, 6, 8, 11]), (6, 3, [0, 2, 5]), (6, 4, [0, 1, 3, 5]), (5, 1, [0]), (3, 3, [0, 1, 2])],
 )
 def test_alternate_layers(total, count, kept):
     assert alternate_layers(total, count) == kept

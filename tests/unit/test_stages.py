@@ -54,13 +54,13 @@ class Staged:
 
 def random_heads(reference: Reference, layers: list[int], *, first: bool | None = None) -> Heads:
     torch.manual_seed(1)
+    if first is None:
+        ids = torch.randint(5, 80, (2, 6))
+        first = reads_first_token(reference.model, [ids, torch.ones_like(ids)])
     heads = {}
     for layer in layers:
-        heads[layer] = ExitHead(32, reference.task.width).eval().requires_grad_(False)
+        heads[layer] = ExitHead(64 if first else 32, reference.task.width).eval().requires_grad_(False)
         heads[layer].outer.weight.mul_(8)
-    if first is None:
-        ids = torch.randint(5, 80, (2, 6), generator=torch.Generator().manual_seed(0))
-        first = reads_first_token(reference.model, [ids, torch.ones_like(ids)])
     return Heads(heads, first, dict.fromkeys(layers, 0.0))
 
 

@@ -1,0 +1,120 @@
+"""int8 whose answers do not depend on the batch: known ranges where they serve, else a scale for every token.
+
+Dynamic int8 takes one activation scale for the whole call, padding and neighbours included. Here nothing that is
+found at run time reaches across tokens, so that a row has the same answer in any company, bit for bit where the
+float kernels around it have that property. What was measured, and what was not kept: benchmarks/LOG.md, "int8".
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+from pydantic import JsonValue
+
+from fettle.errors import PassError
+from fettle.manifest import TokenizerSpec
+from fettle.rows import Rows
+from optimize.export import save_graph
+from optimize.fuse import MICROSOFT
+from optimize.linear_layers import (
+    GELU_FLOOR,
+    STEPS,
+    Linear,
+    PerRow,
+    Scheme,
+    Static,
+    by_source,
+    equalised,
+    find_linears,
+    shared_weights,
+    write_int8,
+)
+from optimize.quantize import weight_limit
+from optimize.ranges import Observed, equalising_range, joined_error, observe
+from optimize.rounding import LIMIT, Rounded, round_nearest, round_with_feedback
+
+# A known range is cheaper than scales for every token, so it may lose this much more of the layers' output.
+ALLOWED_LOSS = 2.0
+# GELU outputs may grow to twice what calibration saw before a scale that counts from their floor saturates.
+LARGEST_FLOORED = (STEPS - 1) * GELU_FLOOR / 2
+
+# With fewer calibration tokens for each input, error feedback fits these tokens and not the model's work.
+TOKENS_PER_INPUT = 4
+
+
+def quantize_rows_int8(
+    path_in: Path,
+    path_out: Path,
+    rows: Rows | None = None,
+    spec: TokenizerSpec | None = None,
+    *,
+    feedback: bool = True,
+) -> dict[str, JsonValue]:
+    """Quantize every linear layer so that no answer depends on who shares the batch.
+
+    With calibration `rows` (and their `spec`), inputs no wider than what their layers give get a static range with
+    equalised channels, unless that loses too much; all others, and everything without rows, a scale for every token.
+
+    Args:
+        feedback: with rows, round weights with error feedback instead of to the nearest step: slower to build by a
+            few seconds for each 10 million weights, no slower to run.
+
+    Returns how many layers became int8, how many inputs are scaled which way, and how many layers stayed float.
+
+    Raises:
+        PassError: nothing could be quantized, or ONNX Runtime does not run the graph.
+        DataError: there are rows to calibrate with, but none in them.
+    """
+    model = onnx.load(path_in)
+    linears = find_linears(model)
+    if not linears:
+        raise PassError("the graph has no linear layer with constant weights to quantize")
+    limit = weight_limit()
+    shared = shared_weights(linears)
+    schemes: dict[str, Scheme] = {linear.source: PerRow() for linear in linears}
+    weights: dict[str, Rounded] = {}
+    if rows is not None and spec is not None:
+        groups = by_source(linears)
+        widths = {name: group[0].weight.shape[0] for name, group in groups.items()}
+        gelus = {node.output[0] for node in model.graph.node if _is_exact_gelu(node)}
+        for name, seen in observe(model, widths, rows, spec, grams=feedback):
+            group = groups[name]
+            alone = shared.isdisjoint(linear.name for linear in group)
+            schemes[name] = _scheme(seen, group, alone=alone, gelu=name in gelus)
+            if alone:
+                weights |= {linear.product.output[0]: _rounded(linear, schemes[name], seen, limit) for linear in group}
+    for linear in linears:
+        if linear.product.output[0] not in weights:
+            weights[linear.product.output[0]] = round_nearest(linear.weight, limit)
+    quantized = write_int8(model, linears, schemes, weights)
+    save_graph(model, path_out)
+    kinds = Counter("static" if isinstance(scheme, Static) else "per_row" for scheme in schemes.values())
+    left = sum(node.op_type in ("MatMul", "Gemm") for node in model.graph.node)
+    return {"quantized": quantized, "left_float": left, "inputs": dict(kinds), "reduced_range": limit != LIMIT}
+
+
+def _scheme(seen: Observed, group: list[Linear], *, alone: bool, gelu: bool) -> Scheme:
+    """`alone`: no other group uses these weights, so that they may be changed to fit this input."""
+    per_row = PerRow(GELU_FLOOR if gelu and seen.peak < LARGEST_FLOORED else 0.0)
+    inputs = group[0].weight.shape[0]
+    # A wide input's scales cost less than to equalise it: they are applied to its narrow outputs.
+    if not alone or inputs > sum(linear.weight.shape[1] for linear in group):
+        return per_row
+    static = equalising_range(seen.sample, group)
+    worst = ALLOWED_LOSS * joined_error(seen.sample, group, per_row)
+    return static if joined_error(seen.sample, group, static) <= worst else per_row
+
+
+def _rounded(linear: Linear, scheme: Scheme, seen: Observed, limit: int) -> Rounded:
+    weight = equalised(linear.weight, scheme)
+    if seen.gram is None or seen.tokens < TOKENS_PER_INPUT * len(weight):
+        return round_nearest(weight, limit)
+    factors = scheme.factors if isinstance(scheme, Static) else None
+    gram = seen.gram if factors is None else seen.gram / factors[:, None] / factors
+    return round_with_feedback(weight, gram, limit)
+
+
+def _is_exact_gelu(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Gelu" and (node.domain == MICROSOFT or not node.attribute)
