@@ -129,7 +129,7 @@ def make_family(name: str, model: Path, directory: Path, console: Console) -> Fa
     config = OptimizeConfig(
         model=str(model),
         out=directory / name,
-        files=DataFiles(**{split: split_path(split) for split in splits}),
+        files=DataFiles.model_validate({split: split_path(split) for split in splits}),
         name=name,
         recipes=None if name == CLASSIFIER else EMBEDDER_RECIPES,
         max_rows=MEASURED_ROWS,

@@ -34,8 +34,9 @@ LAYERS_FILE = "exits.json"
 INNER = 256
 # Rows of one pass through the backbone while its states are cached.
 CACHED_ROWS = 32
-# Of a feature that every row has alike.
-SMALLEST_DEVIATION = 1e-3
+# Features that vary less than this are not blown up further: in the lower layers that is what 8 bits do to the first
+# token's state (deviation 0.002 in layer 3 of MiniLM, where int8 made the head's disagreement 65 % instead of 18 %).
+SMALLEST_DEVIATION = 0.1
 
 Report = Callable[[float], None]
 
@@ -293,8 +294,8 @@ class _Learning:
 def _standardize(head: ExitHead, states: Tensor) -> None:
     """Start the norm so that every feature has mean 0 and deviation 1 over the rows.
 
-    The first token's state is nearly the same for all texts in the lower layers; a head that starts at the identity
-    needs several times as many epochs there, and ends worse.
+    Much of a state is the same for all texts in the lower layers; a head that starts at the identity needs several
+    times as many epochs there, and ends worse.
     """
     normed = nn.functional.layer_norm(states, states.shape[-1:])
     deviation = normed.std(dim=0, correction=0).clamp(min=SMALLEST_DEVIATION)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fettle import __version__
 from fettle.answers import Floats, disagreements
 from fettle.config import Effort
+from fettle.errors import PassError
 from fettle.family import (
     FAMILY_FILE,
     MANIFEST_FILE,
@@ -106,7 +107,13 @@ def find_points(work: Work, variants: Mapping[str, VariantManifest], analysis: A
     with work.progress.step(CERTIFY) as report:
         found = certify(problem, sorted(work.config.levels), work.config.delta, report=report)
     findings.levels = found.levels
-    findings.points, values = try_points(work, variants, found.points)
+    values: dict[str, Floats] = {}
+    try:
+        findings.points, values = try_points(work, variants, found.points)
+    except PassError as error:
+        # What is certified holds without it.
+        findings.points = found.points
+        work.progress.fail(TRY_POINTS, error.message)
     labels = _by_label(work, values)
     notes = [*analysis.notes, *found.notes]
     findings.analysis = analysis.model_copy(update={"scores": found.scores, "labels": labels, "notes": notes})

@@ -40,6 +40,8 @@ ALLOWED_LOSS = 2.0
 # GELU outputs may grow to twice what calibration saw before a scale that counts from their floor saturates.
 LARGEST_FLOORED = (STEPS - 1) * GELU_FLOOR / 2
 
+# From fewer tokens no range is known: what they did not show would saturate.
+TOKENS_FOR_RANGES = 1000
 # With fewer calibration tokens for each input, error feedback fits these tokens and not the model's work.
 TOKENS_PER_INPUT = 4
 
@@ -55,7 +57,8 @@ def quantize_rows_int8(
     """Quantize every linear layer so that no answer depends on who shares the batch.
 
     With calibration `rows` (and their `spec`), inputs no wider than what their layers give get a static range with
-    equalised channels, unless that loses too much; all others, and everything without rows, a scale for every token.
+    equalised channels, unless that loses too much or too few tokens were seen; all others, and everything without
+    rows, a scale for every token.
 
     Args:
         feedback: with rows, round weights with error feedback instead of to the nearest step: slower to build by a
@@ -100,7 +103,8 @@ def _scheme(seen: Observed, group: list[Linear], *, alone: bool, gelu: bool) -> 
     per_row = PerRow(GELU_FLOOR if gelu and seen.peak < LARGEST_FLOORED else 0.0)
     inputs = group[0].weight.shape[0]
     # A wide input's scales cost less than to equalise it: they are applied to its narrow outputs.
-    if not alone or inputs > sum(linear.weight.shape[1] for linear in group):
+    wide = inputs > sum(linear.weight.shape[1] for linear in group)
+    if wide or not alone or seen.tokens < TOKENS_FOR_RANGES:
         return per_row
     static = equalising_range(seen.sample, group)
     worst = ALLOWED_LOSS * joined_error(seen.sample, group, per_row)

@@ -140,6 +140,12 @@ def quantized_recipe(scheme: Scheme, parent: str) -> Recipe:
     )
 
 
+def small_recipe(scheme: Scheme) -> Recipe:
+    """A quantized variant whose embedding tables are quantized as well: most of what is left of its size."""
+    parent = quantized_recipe(scheme, ONNX_REFERENCE).id
+    return Recipe(f"{parent}-small", Runtime.ONNX, Precision.INT8, (_from_parent(EMBEDDINGS),), parent=parent)
+
+
 def student_recipe(plan: Plan, scheme: Scheme) -> Recipe:
     """A student in the given quantization; as stages if it has exits."""
     cut = (SPLIT,) if plan.exits else ()
@@ -218,23 +224,36 @@ def quantize(scheme: Scheme) -> Pass:
     def apply(bench: Bench) -> Notes:
         return _rewritten(bench, lambda old, new: _quantized(scheme, old, new, bench))
 
-    return Pass("quantize", apply, {"scheme": scheme.value}, expected_seconds=4 if scheme is not Scheme.STATIC else 20)
+    return Pass("quantize", apply, {"scheme": scheme.value}, expected_seconds=4 if scheme is Scheme.DYNAMIC else 25)
+
+
+def _small_embeddings(bench: Bench) -> Notes:
+    from optimize.quantize_weights import quantize_embeddings_int8
+
+    return _rewritten(bench, quantize_embeddings_int8)
 
 
 def _quantized(scheme: Scheme, old: Path, new: Path, bench: Bench) -> Notes:
-    from optimize import quantize
+    from optimize import quantize, quantize_rows, quantize_static, quantize_weights
 
     match scheme:
         case Scheme.DYNAMIC:
             return quantize.quantize_dynamic_int8(old, new, per_channel=True)
-        case _:
-            raise PassError(f"no quantization {scheme.value!r}")
+        case Scheme.ROWS:
+            return quantize_rows.quantize_rows_int8(old, new, bench.calibration(), bench.reference.tokenizer)
+        case Scheme.STATIC:
+            return quantize_static.quantize_static_int8(old, new, bench.calibration(), bench.reference.tokenizer)
+        case Scheme.WEIGHTS8:
+            return quantize_weights.quantize_weights(old, new, bits=8)
+        case Scheme.WEIGHTS4:
+            return quantize_weights.quantize_weights(old, new, bits=4)
 
 
 EXPORT = Pass("export", _export, expected_seconds=12)
 EXPORT_STAGES = Pass("export-stages", _export_stages, expected_seconds=14)
 FUSE = Pass("fuse", _fuse, expected_seconds=2)
 TRIM = Pass("first-token", _trim, expected_seconds=2)
+EMBEDDINGS = Pass("quantize-embeddings", _small_embeddings, expected_seconds=2)
 SPLIT = Pass("split", _split, expected_seconds=1)
 
 

@@ -23,6 +23,7 @@ from optimize.recipes import (
     onnx_recipe,
     quantized_recipe,
     reference_recipe,
+    small_recipe,
     student_recipe,
     trimmed_recipe,
 )
@@ -107,6 +108,8 @@ def agenda(state: State) -> Iterator[Recipe]:
     quantized = {scheme: quantized_recipe(scheme, base) for scheme in schemes}
     yield from quantized.values()
     scheme = best_scheme({scheme: recipe.id for scheme, recipe in quantized.items()}, state)
+    if state.facts.effort is not Effort.QUICK:
+        yield small_recipe(scheme)
     if state.facts.trains:
         yield from students(scheme, state)
 
@@ -216,15 +219,18 @@ def known_ids(state: State) -> list[str]:
 
 def dominated(tried: Mapping[str, Tried], keep: Sequence[str]) -> dict[str, str]:
     """Variants that another one equals or beats in every respect, each with that other; never those in `keep`."""
-    found = {}
-    for name, result in tried.items():
-        if name in keep:
-            continue
-        better = [other for other, theirs in tried.items() if other != name and _beats(theirs, result)]
-        remaining = [other for other in better if other not in found]
-        if remaining:
-            found[name] = min(remaining, key=lambda other: tried[other].cpu_ms)
-    return found
+    better = {
+        name: [other for other, theirs in tried.items() if _beats(theirs, result)]
+        for name, result in tried.items()
+        if name not in keep
+    }
+    worse = {name for name, others in better.items() if others}
+    # Whatever beats it, one that is not beaten itself does too.
+    return {
+        name: min((other for other in others if other not in worse), key=lambda other: tried[other].cpu_ms)
+        for name, others in better.items()
+        if others
+    }
 
 
 def _beats(one: Tried, other: Tried) -> bool:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from fettle.errors import PassError
+from fettle.errors import FettleError, PassError
 from fettle.machine import usable_cores
 from fettle.manifest import Analysis, PassRecord
 from optimize import importance, prune, reshape
@@ -60,6 +61,8 @@ from workers.torch_encoder import Scorer
 # Rows that importance and influence are averaged over, and rows of one pass.
 EXAMINED_ROWS, EXAMINED_BATCH = 512, 32
 DECILES = 10
+Kept = TypeVar("Kept")
+
 ANALYSIS = "importance of layers, heads and neurons"
 # A guess until real times are known: a small encoder on two cores.
 TRAINED_PER_SECOND, READ_PER_SECOND = 35.0, 150.0
@@ -160,9 +163,10 @@ def _round(work: Work, plan: Plan, number: int, change: Round, before: Student) 
     )
     name, step = f"students/{plan.id}-{number}", training_step(plan, number)
     made = work.cache.made(name, fingerprint)
-    if made is not None:
+    kept = None if made is None else _readable(work, name, lambda folder: _loaded(work, folder, made))
+    if kept is not None:
         work.progress.skip(step, "already there")
-        return _loaded(work, work.cache.path(name), made)
+        return kept
     with work.progress.step(step) as report, work.cache.making(name) as (folder, finish), all_cores():
         scorer, operations, records = _changed(copy.deepcopy(before.scorer), change, work)
         student = Student(scorer, fingerprint, [*before.operations, *operations], heads=before.heads)
@@ -181,7 +185,8 @@ def _heads(work: Work, plan: Plan, before: Student) -> Student:
     # Several plans may put the same heads on the same backbone; the first one trains them.
     name, step = f"students/heads-{fingerprint[:12]}", heads_step(plan)
     made = work.cache.made(name, fingerprint)
-    if made is not None:
+    heads = None if made is None else _readable(work, name, load_heads)
+    if made is not None and heads is not None:
         work.progress.skip(step, "already there")
     else:
         with work.progress.step(step) as report, work.cache.making(name) as (folder, finish), all_cores():
@@ -200,7 +205,6 @@ def _heads(work: Work, plan: Plan, before: Student) -> Student:
             )
             made = Made(fingerprint=fingerprint, passes=[*before.passes, record])
             finish(made)
-    heads = load_heads(work.cache.path(name))
     return replace(before, heads=heads, fingerprint=fingerprint, passes=made.passes)
 
 
@@ -312,6 +316,15 @@ def _save(student: Student, reference: Reference, folder: Path) -> None:
     save_student(student.scorer, student.operations, folder, reference.config)
     if student.heads is not None:
         save_heads(student.heads, folder)
+
+
+def _readable(work: Work, name: str, read: Callable[[Path], Kept]) -> Kept | None:
+    """What the cache keeps under a name, or None if its files are damaged."""
+    try:
+        return read(work.cache.path(name))
+    except FettleError as error:
+        work.progress.warn(f"what was kept of {name} is made again: {error.message}")
+        return None
 
 
 def _loaded(work: Work, folder: Path, made: Made) -> Student:

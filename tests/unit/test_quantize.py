@@ -28,7 +28,7 @@ from workers.onnx_encoder import session_options
 
 LENGTHS = [1, 2, 19, 36, 7, 36, 11, 3]
 # Layers of 32 wide-spread weights are the worst case for 8 bits: of the spread of the answers themselves.
-INT8_TOLERANCE = 0.35
+INT8_TOLERANCE = 0.2
 FLOAT, UINT = TensorProto.FLOAT, TensorProto.INT64
 
 
@@ -36,6 +36,11 @@ def sample_rows(seed: int = 0, lengths: list[int] = LENGTHS) -> Rows:
     random = np.random.default_rng(seed)
     first = len(tiny_models.SPECIAL)
     return Rows.of([Row(random.integers(first, tiny_models.VOCABULARY, n).astype(np.int32)) for n in lengths])
+
+
+def calibration_rows() -> Rows:
+    """Enough tokens that static ranges hold for others: 1,840."""
+    return sample_rows(lengths=LENGTHS * 16)
 
 
 def run(path: Path, rows: Rows, spec: TokenizerSpec, names: list[str] | None = None) -> np.ndarray:
@@ -63,9 +68,9 @@ def fused(request, tmp_path_factory) -> tuple[Path, TokenizerSpec]:
 
 
 PASSES = {
-    "rows": lambda source, path, spec: quantize_rows_int8(source, path, sample_rows(), spec),
+    "rows": lambda source, path, spec: quantize_rows_int8(source, path, calibration_rows(), spec),
     "rows without calibration": lambda source, path, spec: quantize_rows_int8(source, path),
-    "static": lambda source, path, spec: quantize_static_int8(source, path, sample_rows(), spec),
+    "static": lambda source, path, spec: quantize_static_int8(source, path, calibration_rows(), spec),
     "dynamic": lambda source, path, spec: quantize_dynamic_int8(source, path),
     "weights": lambda source, path, spec: quantize_weights(source, path, bits=8),
     "embeddings": lambda source, path, spec: quantize_embeddings_int8(source, path, smallest=30),
@@ -107,15 +112,15 @@ def test_dynamic_int8_does_depend_on_the_batch(tmp_path):
 
 def test_shared_weights_stay_one(fused, tmp_path):
     source, spec = fused
-    shared = shared_weights(find_linears(onnx.load(source)))
-    quantize_rows_int8(source, tmp_path / "out.onnx", sample_rows(), spec)
+    linears = find_linears(onnx.load(source))
+    quantize_rows_int8(source, tmp_path / "out.onnx", calibration_rows(), spec)
     weights = [
         item for item in onnx.load(tmp_path / "out.onnx").graph.initializer if item.data_type == TensorProto.INT8
     ]
     contents = [(tuple(item.dims), item.raw_data) for item in weights]
     assert len(contents) == len(set(contents))
-    linears = {linear.name for linear in find_linears(onnx.load(source))}
-    assert len(weights) == len(linears), shared
+    assert len(weights) <= len({linear.name for linear in linears})
+    assert bool(shared_weights(linears)) == ("albert" in str(source))
 
 
 # Graphs made by hand: uneven widths, and several outputs.
@@ -155,9 +160,11 @@ def uneven_graph(path: Path) -> TokenizerSpec:
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_uneven_widths_and_several_outputs(tmp_path, calibrated):
     spec = uneven_graph(tmp_path / "in.onnx")
-    given = (sample_rows(), spec) if calibrated else ()
+    given = (calibration_rows(), spec) if calibrated else ()
     notes = quantize_rows_int8(tmp_path / "in.onnx", tmp_path / "out.onnx", *given)
     assert notes["quantized"] == 4
+    # The exits read one token of each row: too few for a range.
+    assert notes["inputs"] == ({"static": 1, "per_row": 3} if calibrated else {"per_row": 4})
     names = [item.name for item in onnx.load(tmp_path / "out.onnx").graph.output]
     assert names == ["exit_0", "values", "up_product"]
     rows = sample_rows(seed=3)
@@ -268,7 +275,8 @@ def test_equalising_serves_unequal_channels():
     assert clipped <= plain
     assert equalised < 0.2 * plain
     low, high = np.percentile(tokens, [0.01, 99.99])
-    assert static_range(tokens, linears, "percentile") == Static(float(low), float(high))
+    percentile = static_range(tokens, linears, "percentile")
+    assert (percentile.low, percentile.high) == pytest.approx((low, high))
 
 
 def test_seven_bit_weights_where_products_saturate(tmp_path, monkeypatch):
