@@ -101,7 +101,8 @@ def find_points(work: Work, variants: Mapping[str, VariantManifest], analysis: A
         return findings
     traces = trace_all(work, candidates(work, variants))
     if _fallback(variants) not in traces:
-        findings.levels = [Level(alpha=alpha, reason="the reference could not be run") for alpha in work.config.levels]
+        reason = "the reference could not be run"
+        findings.levels = [Level(alpha=alpha, reason=reason) for alpha in sorted(work.config.levels)]
         return findings
     problem = _problem(work, variants, traces, findings.self_disagreement)
     with work.progress.step(CERTIFY) as report:

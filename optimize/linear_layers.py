@@ -10,7 +10,7 @@ activations, neither of which looks at the other rows of a batch:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -185,7 +185,7 @@ class _Writer:
     def _bias(self, bias: Floats | None) -> str:
         return "" if bias is None else self._constant(bias.astype(np.float32))
 
-    def _constant(self, value: NDArray | np.generic) -> str:
+    def _constant(self, value: NDArray[Any] | np.generic) -> str:
         array = np.asarray(value)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -193,7 +193,7 @@ class _Writer:
             self._graph.initializer.append(numpy_helper.from_array(array, name))
         return self._constants[key]
 
-    def _add(self, kind: str, inputs: list[str], output: str = "", *, domain: str = "", **settings: object) -> str:
+    def _add(self, kind: str, inputs: list[str], output: str = "", *, domain: str = "", **settings: Any) -> str:
         name = f"int8_{len(self.nodes)}"
         while inputs and not inputs[-1]:
             inputs = inputs[:-1]

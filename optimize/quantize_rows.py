@@ -8,6 +8,7 @@ float kernels around it have that property. What was measured, and what was not 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -75,27 +76,43 @@ def quantize_rows_int8(
     if not linears:
         raise PassError("the graph has no linear layer with constant weights to quantize")
     limit = weight_limit()
-    shared = shared_weights(linears)
     schemes: dict[str, Scheme] = {linear.source: PerRow() for linear in linears}
-    weights: dict[str, Rounded] = {}
+    weights = {linear.product.output[0]: round_nearest(linear.weight, limit) for linear in linears}
     if rows is not None and spec is not None:
-        groups = by_source(linears)
-        widths = {name: group[0].weight.shape[0] for name, group in groups.items()}
-        gelus = {node.output[0] for node in model.graph.node if _is_exact_gelu(node)}
-        for name, seen in observe(model, widths, rows, spec, grams=feedback):
-            group = groups[name]
-            alone = shared.isdisjoint(linear.name for linear in group)
-            schemes[name] = _scheme(seen, group, alone=alone, gelu=name in gelus)
-            if alone:
-                weights |= {linear.product.output[0]: _rounded(linear, schemes[name], seen, limit) for linear in group}
-    for linear in linears:
-        if linear.product.output[0] not in weights:
-            weights[linear.product.output[0]] = round_nearest(linear.weight, limit)
+        _calibrate(model, linears, schemes, weights, _Calibration(rows, spec, feedback, limit))
     quantized = write_int8(model, linears, schemes, weights)
     save_graph(model, path_out)
     kinds = Counter("static" if isinstance(scheme, Static) else "per_row" for scheme in schemes.values())
     left = sum(node.op_type in ("MatMul", "Gemm") for node in model.graph.node)
     return {"quantized": quantized, "left_float": left, "inputs": dict(kinds), "reduced_range": limit != LIMIT}
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    rows: Rows
+    spec: TokenizerSpec
+    feedback: bool
+    limit: int
+
+
+def _calibrate(
+    model: onnx.ModelProto,
+    linears: list[Linear],
+    schemes: dict[str, Scheme],
+    weights: dict[str, Rounded],
+    calibration: _Calibration,
+) -> None:
+    """Replace schemes (by input) and weights (by the product's output) by what serves these rows better."""
+    groups = by_source(linears)
+    shared = shared_weights(linears)
+    widths = {name: group[0].weight.shape[0] for name, group in groups.items()}
+    gelus = {node.output[0] for node in model.graph.node if _is_exact_gelu(node)}
+    for name, seen in observe(model, widths, calibration.rows, calibration.spec, grams=calibration.feedback):
+        group = groups[name]
+        alone = shared.isdisjoint(linear.name for linear in group)
+        schemes[name] = _scheme(seen, group, alone=alone, gelu=name in gelus)
+        for linear in group if alone else []:
+            weights[linear.product.output[0]] = _rounded(linear, schemes[name], seen, calibration.limit)
 
 
 def _scheme(seen: Observed, group: list[Linear], *, alone: bool, gelu: bool) -> Scheme:

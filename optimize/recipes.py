@@ -154,7 +154,7 @@ def student_recipe(plan: Plan, scheme: Scheme) -> Recipe:
         f"{plan.id}-int8",
         Runtime.ONNX,
         Precision.INT8,
-        (export, FUSE, TRIM, quantize(scheme), *cut),
+        (export, FUSE, TRIM, quantize(scheme), EMBEDDINGS, *cut),
         plan=plan,
         needs=("train", "validation"),
     )

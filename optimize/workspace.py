@@ -17,7 +17,7 @@ from fettle import __version__
 from fettle.answers import Floats
 from fettle.config import Effort, OptimizeConfig
 from fettle.family import TOKENIZER_FILE
-from fettle.manifest import SCHEMA_VERSION, Hardware, TaskKind
+from fettle.manifest import SCHEMA_VERSION, Hardware, Head, Task, TaskKind
 from fettle.rows import Row, Rows
 from fettle.store import sha256_bytes
 from fettle.tokenizer import Tokenizer
@@ -144,6 +144,12 @@ class Work:
         targets = self.targets("test", count)
         if targets is not None and targets.warning:
             self.progress.warn(targets.warning)
+        only = _only_answer(self.answers("test")[:count], self.reference.task)
+        if only is not None:
+            self.progress.warn(
+                f"the model answers {only!r} on every row of test, so no figure says anything about its other labels; "
+                "give data in which they occur"
+            )
         tuning = self.rows("validation")[:TUNING_ROWS] if self.has("validation") else []
         empty = np.zeros((0, self.reference.task.width), np.float32)
         return measure.Exam(
@@ -171,6 +177,14 @@ class Work:
             libraries=self.hardware.versions,
             **parts,
         )
+
+
+def _only_answer(values: Floats, task: Task) -> str | None:
+    """The label that all rows get, if the model has others."""
+    if task.head is not Head.SINGLE_LABEL or task.width == 1:
+        return None
+    found = np.unique(values.argmax(axis=1))
+    return task.labels[found[0]] if len(found) == 1 else None
 
 
 def answers_step(split: str) -> str:

@@ -199,23 +199,31 @@ def first_measured(out: Path) -> bool:
     return manifest.exists() and json.loads(manifest.read_text())["measured"] is not None
 
 
+def heads_trained(out: Path) -> bool:
+    return any(out.glob(".work/students/heads-*/made.json"))
+
+
+def first_traced(out: Path) -> bool:
+    return any(out.glob(".work/traces/*.npz"))
+
+
 @pytest.mark.slow
-def test_the_real_command_killed_three_times(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_real_command_killed_five_times(tmp_path: Path, tiny_model: Path) -> None:
     data, out = write_data(tmp_path / "data.jsonl"), tmp_path / "family"
     command = [sys.executable, "-m", "fettle.cli", "optimize", str(tiny_model), "--data", str(data), "--out", str(out)]
-    command += ["--recipe", "onnx-int8-dynamic", "--max-rows", "32", "--json"]
-    for moment in (first_build_under_way, export_done, first_measured):
+    command += ["--recipe", "onnx-int8-dynamic", "--recipe", "exits-frozen-int8", "--max-rows", "32", "--json"]
+    for moment in (first_build_under_way, first_measured, export_done, heads_trained, first_traced):
         kill_at(moment, command, out)
     weights = out / "variants" / REFERENCE_ID / "model.safetensors"
     built = weights.stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert [item["id"] for item in json.loads(done.stdout)["variants"]] == [
-        REFERENCE_ID,
-        "onnx-fp32",
-        "onnx-int8-dynamic",
-    ]
+    shown = json.loads(done.stdout)
+    made = {item["id"] for item in [*shown["variants"], *shown["dropped"]]}
+    assert made >= {REFERENCE_ID, "onnx-fp32", "onnx-int8-dynamic", "exits-frozen-int8"}
     assert Family.open(out).verify() == []
+    for step in ("build onnx-int8-dynamic", "train exit heads of exits-frozen"):
+        assert f"{step} (already there" in done.stderr
     assert not list(out.rglob(f"{TEMPORARY}*"))
     assert weights.stat().st_mtime_ns == built, "a finished variant was built again"
 

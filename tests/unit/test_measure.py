@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,70 @@ def test_a_faithful_variant_is_measured_as_such(tmp_path: Path, monkeypatch: pyt
         assert cell.p95_ms >= cell.median_ms >= 0.01 * cell.batch * cell.length
     assert heard == sorted(heard)
     assert heard[-1] <= 1.0
+
+
+def test_tuning_rows_are_compared_apart_from_the_rows_of_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "LATENCY_SECONDS", 0.1)
+    given = exam(some_rows(), tuning=10)
+    other = given.tuning_reference.copy()
+    other[:3, 0], other[:3, 1:] = 0, 9
+    given = dataclasses.replace(given, tuning_reference=other)
+    found = measure.measure(variant(tmp_path / "v"), given, "0" * 64, lambda done: None)
+    changed = expected_share(given.tuning_rows, other)
+    assert 0 < changed <= 0.3
+    assert found.tuned_disagreement == pytest.approx(changed)
+    assert (found.quality.rows, found.quality.disagreement) == (40, 0.0)
+    assert found.row_cpu_ms is not None
+    assert found.row_cpu_ms > 0
+    assert found.stage_cpu_ms == []
+
+
+def expected_share(rows: list[Row], reference: np.ndarray) -> float:
+    answers = np.stack([expected(row.ids, TASK.width) for row in rows])
+    return float((answers.argmax(axis=1) != reference.argmax(axis=1)).mean())
+
+
+def test_without_tuning_rows_nothing_is_said_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LATENCY_SECONDS", 0.1)
+    found = measure.measure(variant(tmp_path / "v"), exam(some_rows()), "0" * 64, lambda done: None)
+    assert found.tuned_disagreement is None
+
+
+def test_values_that_move_at_an_inner_stage_make_a_variant_batch_dependent() -> None:
+    alone = np.stack([floats([1, 0, 0], [0, 1, 0]), floats([5, 0, 0], [0, 5, 0])], axis=1)
+    mixed = alone.copy()
+    assert measure.batch_invariance(alone, mixed, TASK, 32).invariant
+    mixed[0, 0, 0] += 0.5
+    found = measure.batch_invariance(alone, mixed, TASK, 32)
+    assert not found.invariant
+    assert found.changed == 0.0
+
+
+def test_neighbours_kept_are_counted_and_need_enough_rows() -> None:
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(60, 8)).astype(np.float32)
+    assert measure.neighbour_overlap(3 * vectors, vectors) == 1.0
+    assert measure.neighbour_overlap(vectors[:10], vectors[:10]) is None
+    other = random.normal(size=(60, 8)).astype(np.float32)
+    kept = measure.neighbour_overlap(other, vectors)
+    assert kept is not None
+    assert kept == pytest.approx(neighbours_kept(other, vectors))
+    assert kept < 0.5
+
+
+def neighbours_kept(values: np.ndarray, reference: np.ndarray) -> float:
+    """The same, row by row."""
+
+    def nearest(vectors: np.ndarray, row: int) -> set[int]:
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        order = sorted(
+            (other for other in range(len(unit)) if other != row), key=lambda other: -unit[other] @ unit[row]
+        )
+        return set(order[:10])
+
+    return float(np.mean([len(nearest(values, row) & nearest(reference, row)) / 10 for row in range(len(values))]))
 
 
 def test_cells_that_would_take_too_long_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,17 +7,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from fettle.config import DataFiles
-from fettle.errors import BusyError, PassError
+from fettle.errors import BusyError, DataError, PassError
 from fettle.family import Family
+from fettle.rows import Row
 from fettle.store import locked
 from optimize import hardware, measure, recipes
 from optimize.progress import Progress
 from tests.fake_optimize import (
     REFERENCE,
+    FakeReference,
     config_for,
     failing_pass,
     fake_pass,
@@ -212,6 +215,56 @@ def test_unknown_labels_are_warned_about_and_left_out(tmp_path: Path, monkeypatc
     assert "'pink'" in said[0]
     assert found is not None
     assert found.quality.metric_name == "accuracy"
+
+
+def test_one_answer_for_all_rows_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, [REFERENCE])
+
+    def always_red(reference: FakeReference, rows: list[Row], report: Any) -> Any:
+        return np.tile(np.array([1, 0, 0], np.float32), (len(rows), 1))
+
+    said: list[str] = []
+    run(config_for(tmp_path), said.append)
+    assert "on every row" not in said[0]
+    monkeypatch.setattr(measure, "reference_values", always_red)
+    family = run(config_for(tmp_path, out=tmp_path / "red"), said.append)
+    assert "the model answers 'red' on every row of test" in said[1]
+    assert family.verify() == []
+
+
+def test_data_of_one_class_only_make_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, [REFERENCE, CHEAP])
+    data = write_data(tmp_path / "data.jsonl")
+    data.write_text(data.read_text().replace('"green"', '"red"'))
+    family = run(config_for(tmp_path))
+    assert family.verify() == []
+    assert family.variant("cheap").measured is not None
+
+
+def test_duplicates_and_empty_texts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, [REFERENCE])
+    train, test = write_data(tmp_path / "train.jsonl", 60), write_data(tmp_path / "test.jsonl", 40)
+    with train.open("a") as file:
+        file.write('{"text": "  "}\n{"text": ""}\n{"label": "red"}\n')
+    said: list[str] = []
+    family = run(config_for(tmp_path, files=DataFiles(train=train, test=test)), said.append)
+    assert "train.jsonl: dropped 3 rows without text" in said[0]
+    assert "dropped 40 duplicate texts: 40 from train" in said[0]
+    assert (family.manifest.data["train"].rows, family.manifest.data["test"].rows) == (20, 40)
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "calibration", "test"])
+def test_a_broken_line_in_any_split_is_named_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    install(monkeypatch, [REFERENCE])
+    names = ("train", "validation", "calibration", "test")
+    files = {split: write_data(tmp_path / f"{split}.jsonl", 30, start=100 * n) for n, split in enumerate(names)}
+    lines = files[name].read_text().splitlines()
+    files[name].write_text("\n".join([*lines[:6], "{broken", *lines[7:]]) + "\n")
+    with pytest.raises(DataError, match=rf"{name}\.jsonl: 1 broken line: line 7: not JSON"):
+        run(config_for(tmp_path, files=DataFiles(**files)))
+    assert [path.name for path in (tmp_path / "family").iterdir()] == [".lock"]
 
 
 def test_data_without_labels_have_no_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

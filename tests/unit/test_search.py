@@ -318,9 +318,7 @@ def test_a_recipe_brings_what_it_is_made_from(tmp_path: Path, monkeypatch: pytes
 
 def test_an_unknown_recipe_lists_those_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, list(map(faked, PLAN)))
-    with pytest.raises(
-        UsageError, match="no recipe 'int3' at effort quick; there are torch-fp32, onnx-fp32"
-    ):
+    with pytest.raises(UsageError, match="no recipe 'int3' at effort quick; there are torch-fp32, onnx-fp32"):
         run(config_for(tmp_path, recipes=["int3"]))
     assert not (tmp_path / "family" / "family.json").exists()
     assert not (tmp_path / "family" / "variants").exists()

