@@ -152,13 +152,12 @@ def contained(name: str) -> Iterator[None]:
     """What goes wrong inside costs one variant: it becomes a PassError, unless it concerns the whole run."""
     try:
         yield
-    except PassError:
-        raise
-    except OSError as error:
-        if error.errno in FATAL:
-            raise
-        raise PassError(f"{name}: {_first_line(error)}") from error
     except Exception as error:
+        fatal = _fatal(error)
+        if fatal is not None:
+            raise fatal from None
+        if isinstance(error, PassError):
+            raise
         # Exporters, quantizers and models raise anything at all, and one variant less is no reason to lose the others.
         raise PassError(f"{name}: {_first_line(error)}") from error
 
@@ -195,6 +194,15 @@ def build_step(name: str) -> str:
 
 def measure_step(name: str) -> str:
     return f"measure {name}"
+
+
+def _fatal(error: BaseException | None) -> OSError | None:
+    """The full disk or the like behind an error, whatever it was wrapped in."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FATAL:
+            return error
+        error = error.__cause__
+    return None
 
 
 def _first_line(error: Exception) -> str:

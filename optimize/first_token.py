@@ -26,8 +26,12 @@ from optimize.fuse import Graph, drop_unused
 from workers.onnx_encoder import ORT_ERRORS
 
 TOLERANCE = 1e-5
+# Between numbers that differ by rounding, a quantized graph may choose neighbouring codes.
+QUANTIZED_TOLERANCE = 5e-2
 ALIKE = {"Gelu", "Tanh", "Erf", "Relu", "Sigmoid", "Softplus", "HardSwish", "Mish", "Sqrt", "Cast", "Identity"}
-PAIRED = {"Add", "Sub", "Mul", "Div", "Pow"}
+ALIKE |= {"Abs", "Ceil", "Clip", "Floor", "Neg", "Reciprocal", "Round"}
+PAIRED = {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min"}
+QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
 NORMS = {"LayerNormalization", "RMSNormalization"}
 MASK = 3
 
@@ -52,7 +56,8 @@ def first_token(path_in: Path, path_out: Path, sample: Rows, spec: TokenizerSpec
         difference = largest_difference(run_graph(path_out, batches), run_graph(path_in, batches))
     except ORT_ERRORS as error:
         return _undone(path_in, path_out, f"ONNX Runtime refuses the rewritten graph: {str(error).splitlines()[0]}")
-    if difference > TOLERANCE:
+    quantized = any(node.op_type in QUANTIZERS for node in model.graph.node)
+    if difference > (QUANTIZED_TOLERANCE if quantized else TOLERANCE):
         return _undone(path_in, path_out, f"the rewritten graph's values differ by {difference:.2g}")
     return {
         "trimmed": len(paths),
@@ -139,6 +144,18 @@ def _narrow_inputs(graph: Graph, node: onnx.NodeProto) -> list[int]:
     kind = node.op_type
     if kind in ALIKE or (kind in NORMS and _attribute(node, "axis", -1) in (-1, 2)):
         return [0]
+    if kind in ("ReduceMax", "ReduceMin") and _reduces_features(graph, node):
+        return [0]
+    if kind in QUANTIZERS:
+        # Scales and zero points are one for all tokens, or one for each.
+        return [place for place, name in enumerate(node.input) if name and not _same_for_all_tokens(graph, name)]
+    if kind == "MatMulIntegerToFloat":
+        return [0] if all(not name or name in graph.weights for name in node.input[1:]) else []
+    if kind == "ConstantOfShape" and graph.made_by(node.input[0], "Shape"):
+        # A zero point for each token: with fewer tokens the shape is smaller.
+        return [0]
+    if kind == "Shape" and not node.attribute and _feeds_only(graph, node, "ConstantOfShape"):
+        return [0]
     if kind == "Split" and _attribute(node, "axis", 0) in (-1, 2):
         return [0]
     if kind == "MatMul" and node.input[1] in graph.weights and len(graph.weights[node.input[1]].dims) == 2:
@@ -149,6 +166,16 @@ def _narrow_inputs(graph: Graph, node: onnx.NodeProto) -> list[int]:
         tokens = [place for place, name in enumerate(node.input) if not _same_for_all_tokens(graph, name)]
         return [] if any(graph.made_by(node.input[place], "Constant") for place in tokens) else tokens
     return []
+
+
+def _reduces_features(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Over the last axis alone, which stays as one of size 1."""
+    axes = graph.weights.get(node.input[1]) if len(node.input) > 1 else None
+    return axes is not None and numpy_helper.to_array(axes).tolist() == [-1] and _attribute(node, "keepdims", 1) == 1
+
+
+def _feeds_only(graph: Graph, node: onnx.NodeProto, kind: str) -> bool:
+    return all(reader.op_type == kind for reader in graph.readers[node.output[0]])
 
 
 def _same_for_all_tokens(graph: Graph, name: str) -> bool:

@@ -8,8 +8,10 @@ next one, which redoes only what is missing or out of date.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from fettle.config import OptimizeConfig
 from fettle.errors import PassError, UsageError
@@ -17,7 +19,7 @@ from fettle.family import TOKENIZER_FILE, Family
 from fettle.manifest import Analysis, NotBuilt
 from fettle.store import locked, remove_leftovers, write_atomic
 from optimize import finish, recipes, search, train
-from optimize.build import MEASURE_SECONDS, Builder, build_step, contained, measure_step
+from optimize.build import FATAL, MEASURE_SECONDS, Builder, build_step, contained, measure_step
 from optimize.data import load_splits
 from optimize.load import Reference, load_reference
 from optimize.progress import Progress
@@ -41,7 +43,7 @@ def run(config: OptimizeConfig, progress: Progress) -> Family:
         OSError: the disk is full, or the directory is not writable.
     """
     started = time.monotonic()
-    with locked(config.out), progress:
+    with locked(config.out), progress, naming(config.out):
         remove_leftovers(config.out)
         finish.restore_dropped(config.out)
         progress.plan(EXPECTED_SECONDS)
@@ -62,6 +64,17 @@ def run(config: OptimizeConfig, progress: Progress) -> Family:
         family = finish.write_family(work, builder.built, [*recipes_unavailable(config), *builder.not_built], findings)
         write_report(family)
         return family
+
+
+@contextmanager
+def naming(directory: Path) -> Iterator[None]:
+    """A full disk or the like that does not say where it is names the directory."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FATAL and error.filename is None:
+            error.filename = str(directory)
+        raise
 
 
 @dataclass

@@ -72,7 +72,7 @@ def quantize_rows_int8(
         DataError: there are rows to calibrate with, but none in them.
     """
     model = onnx.load(path_in)
-    linears = find_linears(model)
+    linears = per_token_layers(find_linears(model))
     if not linears:
         raise PassError("the graph has no linear layer with constant weights to quantize")
     limit = weight_limit()
@@ -113,6 +113,12 @@ def _calibrate(
         schemes[name] = _scheme(seen, group, alone=alone, gelu=name in gelus)
         for linear in group if alone else []:
             weights[linear.product.output[0]] = _rounded(linear, schemes[name], seen, calibration.limit)
+
+
+def per_token_layers(linears: list[Linear]) -> list[Linear]:
+    """Without the layers that run once a text, on its pooled state: as float they cost next to nothing (exporters write
+    these as Gemm). All of them where there are no others."""
+    return [linear for linear in linears if linear.product.op_type == "MatMul"] or linears
 
 
 def _scheme(seen: Observed, group: list[Linear], *, alone: bool, gelu: bool) -> Scheme:

@@ -150,11 +150,14 @@ def student_recipe(plan: Plan, scheme: Scheme) -> Recipe:
     """A student in the given quantization; as stages if it has exits."""
     cut = (SPLIT,) if plan.exits else ()
     export = EXPORT_STAGES if plan.exits else EXPORT
+    # Dynamic int8 takes one scale over all tokens, so it has to know beforehand which there are. The others treat each
+    # token alike, and fit their ranges better to layers that do not stand twice in the graph.
+    trimmed = (TRIM, quantize(scheme)) if scheme is Scheme.DYNAMIC else (quantize(scheme), TRIM)
     return Recipe(
         f"{plan.id}-int8",
         Runtime.ONNX,
         Precision.INT8,
-        (export, FUSE, TRIM, quantize(scheme), EMBEDDINGS, *cut),
+        (export, FUSE, *trimmed, EMBEDDINGS, *cut),
         plan=plan,
         needs=("train", "validation"),
     )

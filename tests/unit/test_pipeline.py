@@ -186,6 +186,19 @@ def test_a_full_or_locked_disk_ends_the_run(tmp_path: Path, monkeypatch: pytest.
     assert not list((tmp_path / "family").rglob(".tmp-*"))
 
 
+def test_a_full_disk_ends_the_run_whatever_it_is_wrapped_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = PassError("the export failed")
+    wrapped.__cause__ = RuntimeError("the exporter gave up")
+    wrapped.__cause__.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    install(monkeypatch, [REFERENCE, fake_recipe("full", failing_pass(wrapped)), CHEAP])
+    with pytest.raises(OSError, match="No space left") as caught:
+        run(config_for(tmp_path))
+    # What did not say where it happened names the family's directory.
+    assert caught.value.filename == str(tmp_path / "family")
+    assert not list((tmp_path / "family").rglob(".tmp-*"))
+    assert not (tmp_path / "family" / "family.json").exists()
+
+
 def test_an_interrupt_ends_the_run_and_the_next_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(tmp_path)
     interrupted = fake_recipe("cheap", fake_pass("cheap"), failing_pass(KeyboardInterrupt()))  # type: ignore[arg-type]
