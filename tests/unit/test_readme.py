@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.fakes import make_fake_family
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
@@ -45,6 +47,7 @@ def fettle_commands() -> list[list[str]]:
 @needs_readme
 @pytest.mark.parametrize("block", [block for block in blocks() if (block.language, block.marker) == ("python", "run")])
 def test_marked_python_runs(block, tmp_path, monkeypatch):
+    make_fake_family(tmp_path / "family")
     monkeypatch.chdir(tmp_path)
     exec(compile(block.code, str(README), "exec"), {"__name__": "__readme__"})
 
