@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fettle.config import OptimizeConfig
 from fettle.errors import PassError, UsageError
-from fettle.family import TOKENIZER_FILE, Family
+from fettle.family import MANIFEST_FILE, TOKENIZER_FILE, Family, variant_directory
 from fettle.manifest import Analysis, NotBuilt
 from fettle.store import locked, remove_leftovers, write_atomic
 from optimize import finish, recipes, search, train
@@ -110,11 +110,14 @@ class Search:
                 state.closed.add(recipe.id)
             else:
                 state.tried[recipe.id] = Tried.of(made)
-        return notes
+        return notes + [note for note in state.notes if note not in notes]
 
     def _too_late(self, recipe: Recipe) -> bool:
         budget = self.work.config.time_budget_minutes
         if budget is None or recipe.parent is None or recipe.id == recipes.ONNX_REFERENCE:
+            return False
+        if (variant_directory(self.work.config.out, recipe.id) / MANIFEST_FILE).exists():
+            # Built by an earlier run: what is still missing of it costs little.
             return False
         return self.elapsed() + sum(seconds_of(self.work, recipe).values()) + CERTIFYING_SECONDS > budget * 60
 

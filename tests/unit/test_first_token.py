@@ -12,9 +12,10 @@ import pytest
 
 from fettle.rows import Rows
 from optimize.export import export_onnx
-from optimize.first_token import first_token
+from optimize.first_token import QUANTIZED_TOLERANCE, first_token
 from optimize.fuse import fuse
 from optimize.load import Reference, load_reference
+from optimize.quantize_rows import quantize_rows_int8
 from tests.unit import tiny_models
 from tests.unit.test_architectures import distance, sample_rows
 
@@ -95,6 +96,24 @@ def test_notes_say_what_was_cut(built):
     assert built.notes["trimmed"] == 1
     assert built.notes["attentions"] == int(fused(built))
     assert built.notes["max_difference"] < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_graph_that_is_quantized_for_each_token_is_cut_as_well(tmp_path, name, calibrated):
+    built = pair(tiny_models.classifier(tmp_path / "source", name), tmp_path)
+    spec, sample = built.reference.tokenizer, sample_rows(built.reference)
+    ranges = (sample_rows(built.reference, seed=5), spec) if calibrated else ()
+    whole, cut = tmp_path / "whole.onnx", tmp_path / "cut.onnx"
+    quantize_rows_int8(built.full, whole, *ranges)
+    notes = first_token(whole, cut, sample, spec)
+    assert notes["trimmed"] == 1, notes
+    assert notes["attentions"] == 1
+    rows = sample_rows(built.reference, seed=6)
+    # A rounding difference may choose the neighbouring one of 255 codes.
+    assert distance(built.run(cut, rows)[0], built.run(whole, rows)[0]) < QUANTIZED_TOLERANCE
+    scales = [node for node in onnx.load(cut).graph.node if node.op_type == "QuantizeLinear"]
+    assert len(scales) == len([node for node in onnx.load(whole).graph.node if node.op_type == "QuantizeLinear"])
 
 
 @pytest.mark.parametrize(("pooling", "trimmed"), [("mean", 0), ("cls", 1)])
