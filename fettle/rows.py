@@ -89,6 +89,17 @@ class Outputs:
     stages: NDArray[np.int8] | None = None
 
 
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Several batches as one."""
+    typed = any(part.type_ids is not None for part in parts)
+    zeros = [np.zeros(part.tokens, np.int8) if part.type_ids is None else part.type_ids for part in parts]
+    return Rows(
+        ids=np.concatenate([part.ids for part in parts]),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        type_ids=np.concatenate(zeros) if typed else None,
+    )
+
+
 def in_batches(order: Sequence[int], lengths: Sequence[int], rows: int, tokens: int) -> Iterable[list[int]]:
     """Cut `order` (row numbers) into consecutive batches of at most `rows` rows and `tokens` padded tokens.
 

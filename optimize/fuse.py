@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 from pydantic import JsonValue
@@ -35,6 +36,7 @@ def fuse(path_in: Path, path_out: Path, sample: Rows, spec: TokenizerSpec) -> di
         PassError: the fused graph answers `sample` otherwise than the unfused one, beyond `TOLERANCE`.
     """
     model = onnx.load(path_in)
+    _fold_transposed(model)
     graph = Graph(model)
     attentions = sum(node.op_type == "Attention" for node in model.graph.node)
     joined = sum(_join_attention(graph, node) for node in list(model.graph.node) if node.op_type == "Attention")
@@ -139,6 +141,35 @@ def _before_heads(graph: Graph, name: str) -> tuple[str, int] | None:
 
 def _heads_first(transpose: onnx.NodeProto) -> bool:
     return any(item.name == "perm" and list(item.ints) == HEADS_FIRST for item in transpose.attribute)
+
+
+def _fold_transposed(model: onnx.ModelProto) -> None:
+    """Transposed weights as weights. The exporter folds them itself, but not where several layers share one."""
+    graph = model.graph
+    weights = {item.name: item for item in graph.initializer}
+    made: dict[tuple[str, tuple[int, ...]], str] = {}
+    renamed: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        if node.op_type != "Transpose" or node.input[0] not in weights:
+            kept.append(node)
+            continue
+        array = numpy_helper.to_array(weights[node.input[0]])
+        order = next((tuple(item.ints) for item in node.attribute if item.name == "perm"), None)
+        order = order or tuple(reversed(range(array.ndim)))
+        key = (node.input[0], order)
+        if key not in made:
+            made[key] = f"{node.input[0]}_transposed_{len(made)}"
+            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array.transpose(order)), made[key]))
+        renamed[node.output[0]] = made[key]
+    if not renamed:
+        return
+    for node in kept:
+        for place, name in enumerate(node.input):
+            node.input[place] = renamed.get(name, name)
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _own_gelu(node: onnx.NodeProto) -> bool:

@@ -76,12 +76,17 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A change of shape (by name, with what it needs to know) and the distillation that makes up for it."""
+    """A change of shape (by name, with what it needs to know) and the distillation that makes up for it.
+
+    The weights are those of the losses on hidden states and on relations among tokens, beside the answers' own.
+    """
 
     change: str
     parameters: Notes = field(default_factory=dict)
     epochs: float = 1.0
     learning_rate: float = 2e-4
+    hidden_weight: float = 0.0
+    relation_weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ and each such decision is a sentence in the report.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fettle.config import Effort
 from fettle.manifest import Head, Task, TaskKind, VariantManifest
@@ -122,8 +122,8 @@ def students(scheme: Scheme, state: State) -> Iterator[Recipe]:
     if facts.effort is Effort.QUICK:
         return
     thorough = facts.effort is Effort.THOROUGH
-    if facts.has_scores and facts.layers > 1:
-        change = Round("none", epochs=6.0 if thorough else 3.0, learning_rate=2e-4)
+    if thorough and facts.has_scores and facts.layers > 1:
+        change = Round("none", epochs=4.0, learning_rate=1e-4)
         yield student_recipe(Plan("exits-distilled", (change,), exits=inner(facts.layers)), scheme)
     yield from shallower(scheme, state, epochs=2.0 if thorough else 1.0)
     yield from narrower(scheme, state, epochs=1.0 if thorough else 0.4)
@@ -153,7 +153,14 @@ def shallower(scheme: Scheme, state: State, epochs: float) -> Iterator[Recipe]:
             "gets twice the training"
         )
         epochs *= 2
-    yield student_recipe(Plan(f"distilled-{half}", (Round("alternate-layers", {"count": half}, epochs),)), scheme)
+    change = Round("alternate-layers", {"count": half}, 4 * epochs)
+    yield student_recipe(Plan(f"distilled-{half}", (change,)), scheme)
+    if state.facts.effort is Effort.THOROUGH:
+        inside = replace(change, hidden_weight=1.0, relation_weight=1.0)
+        yield student_recipe(Plan(f"distilled-{half}-states", (inside,)), scheme)
+    if state.facts.has_scores and half > 1:
+        plan = Plan(f"distilled-{half}-exits", (change, Round("none", epochs=1.5 * epochs)), exits=inner(half))
+        yield student_recipe(plan, scheme)
 
 
 def narrower(scheme: Scheme, state: State, epochs: float) -> Iterator[Recipe]:

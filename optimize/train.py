@@ -122,7 +122,8 @@ def make_student(work: Work, plan: Plan) -> Student:
     Raises:
         PassError: a change does not fit the model, or the training failed.
     """
-    student = Student(work.reference.model, work.fingerprint_of(what="student", train=work.splits["train"].sha256))
+    splits = {name: [work.splits[name].sha256, len(work.rows(name))] for name in ("train", "validation")}
+    student = Student(work.reference.model, work.fingerprint_of(what="student", splits=splits))
     for number, change in enumerate(plan.rounds, start=1):
         if plan.exits and number == len(plan.rounds):
             # The last round trains the exits along, so they have to be there.
@@ -153,7 +154,8 @@ def _round(work: Work, plan: Plan, number: int, change: Round, before: Student) 
         learning_rate=change.learning_rate,
         temperature=1.0,
         seed=work.config.seed,
-        exit_weights=None,
+        hidden_weight=change.hidden_weight,
+        relation_weight=change.relation_weight,
     )
     fingerprint = fingerprint_of(
         before=before.fingerprint,
@@ -161,7 +163,8 @@ def _round(work: Work, plan: Plan, number: int, change: Round, before: Student) 
         settings=settings.model_dump(mode="json"),
         exits=list(plan.exits) if before.heads else [],
     )
-    name, step = f"students/{plan.id}-{number}", training_step(plan, number)
+    # Plans may begin alike; the first one trains what they share.
+    name, step = f"students/{fingerprint[:12]}", training_step(plan, number)
     made = work.cache.made(name, fingerprint)
     kept = None if made is None else _readable(work, name, lambda folder: _loaded(work, folder, made))
     if kept is not None:
@@ -182,7 +185,6 @@ def _round(work: Work, plan: Plan, number: int, change: Round, before: Student) 
 def _heads(work: Work, plan: Plan, before: Student) -> Student:
     settings = HeadSettings(seed=work.config.seed)
     fingerprint = fingerprint_of(before=before.fingerprint, exits=list(plan.exits), what="heads")
-    # Several plans may put the same heads on the same backbone; the first one trains them.
     name, step = f"students/heads-{fingerprint[:12]}", heads_step(plan)
     made = work.cache.made(name, fingerprint)
     heads = None if made is None else _readable(work, name, load_heads)
@@ -220,6 +222,8 @@ def _distilled(
         tuning_teacher=work.answers("validation"),
         task=work.reference.task,
         tokenizer=work.reference.tokenizer,
+        scorer=work.reference.model if settings.hidden_weight or settings.relation_weight else None,
+        cosine_floor=work.config.cosine_floor,
     )
     result = distill(student, data, settings, report)
     return PassRecord(

@@ -1,14 +1,15 @@
 """The ONNX Runtime engine for a variant with exits: one graph a stage, and fewer rows from stage to stage.
 
 After each stage, rows whose score reaches their own threshold leave with its answer. Who leaves is `fettle.policy`; how
-rows share calls is `workers.onnx_encoder`. On CPU all stages of one call run before the next call starts, so that
-hidden states stay in the core's cache.
+rows share calls is `workers.onnx_encoder`. On CPU the whole batch goes through one stage before the next starts; then
+what is left of all calls is put together into full ones again, since each call costs a fixed time as well.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fettle.answers import Floats, confidence
 from fettle.errors import EngineError
 from fettle.manifest import VariantManifest
 from fettle.policy import passes
-from fettle.rows import Exits, Outputs, Rows
+from fettle.rows import Exits, Outputs, Rows, joined
 from workers.engine import EngineOptions, warm_up_rows
 from workers.onnx_encoder import ORT_ERRORS, call_tokens, in_calls, open_session, taken
 
@@ -45,7 +46,7 @@ class StagedEncoder:
         self.compact_at = COMPACT_AT[options.device]
         self._device = options.device
         self._call_tokens = call_tokens(options)
-        self._sessions = [open_session(directory / stage.file, options) for stage in manifest.stages]
+        self._stages = [_Stage.of(open_session(directory / stage.file, options)) for stage in manifest.stages]
 
     def warm_up(self) -> None:
         for rows in warm_up_rows(self.manifest.tokenizer.max_length):
@@ -61,9 +62,15 @@ class StagedEncoder:
         started = time.perf_counter()
         values = np.empty((len(rows), self.manifest.task.width), np.float32)
         stages = np.empty(len(rows), np.int8)
-        for chosen, part in self._calls(rows):
-            part_exits = None if exits is None else Exits(exits.thresholds[chosen], exits.temperatures)
-            values[chosen], stages[chosen] = self._answered(part, part_exits)
+        calls = list(self._calls(rows))
+        for index, stage in enumerate(self._stages):
+            for call in calls:
+                answers = call.run(stage)
+                leaving = call.waiting & self._leave(answers, index, exits, call.numbers)
+                values[call.numbers[leaving]] = answers[leaving]
+                stages[call.numbers[leaving]] = index
+                call.waiting &= ~leaving
+            calls = self._compacted([call for call in calls if call.waiting.any()])
         return Outputs(values, (time.perf_counter() - started) * 1e3, stages)
 
     def by_stage(self, rows: Rows) -> Floats:
@@ -72,75 +79,108 @@ class StagedEncoder:
         Raises:
             EngineError: ONNX Runtime failed on this batch.
         """
-        values = np.empty((len(rows), len(self.manifest.stages), self.manifest.task.width), np.float32)
-        for chosen, part in self._calls(rows):
-            batch = self._batch(part)
-            for index, session in enumerate(self._sessions):
-                values[chosen, index] = batch.answers(session)
+        values = np.empty((len(rows), len(self._stages), self.manifest.task.width), np.float32)
+        for call in self._calls(rows):
+            for index, stage in enumerate(self._stages):
+                values[call.numbers, index] = call.run(stage)
         return values
 
     def close(self) -> None:
-        self._sessions = []
+        self._stages = []
 
-    def _calls(self, rows: Rows) -> Iterator[tuple[NDArray[np.int64], Rows]]:
-        if not self._sessions:
+    def _calls(self, rows: Rows) -> Iterator[_Call]:
+        if not self._stages:
             raise EngineError("the engine is closed")
-        yield from in_calls(rows, self._call_tokens, row_by_row=self.manifest.row_by_row)
+        for numbers, part in self._parts(rows):
+            yield _Call(part, numbers, self._pad_id, on_device=self._device == "cuda")
 
-    def _batch(self, rows: Rows) -> _Batch:
-        return _Batch(rows, self.manifest.tokenizer.pad_id, on_device=self._device == "cuda")
+    def _parts(self, rows: Rows) -> list[tuple[NDArray[np.int64], Rows]]:
+        return in_calls(rows, self._call_tokens, row_by_row=self.manifest.row_by_row)
 
-    def _answered(self, rows: Rows, exits: Exits | None) -> tuple[Floats, NDArray[np.int8]]:
-        values = np.empty((len(rows), self.manifest.task.width), np.float32)
-        stages = np.empty(len(rows), np.int8)
-        batch = self._batch(rows)
-        # Row numbers of what is in the batch, and which of them have no answer yet.
-        numbers = np.arange(len(rows))
-        waiting = np.ones(len(rows), np.bool_)
-        for index, session in enumerate(self._sessions):
-            answers = batch.answers(session)
-            leaving = waiting & self._leave(answers, index, exits, numbers)
-            values[numbers[leaving]] = answers[leaving]
-            stages[numbers[leaving]] = index
-            waiting &= ~leaving
-            if not waiting.any():
-                break
-            if self._pays(batch.rows, waiting):
-                batch.keep(np.flatnonzero(waiting))
-                numbers, waiting = numbers[waiting], waiting[waiting]
-        return values, stages
+    @property
+    def _pad_id(self) -> int:
+        return self.manifest.tokenizer.pad_id
 
     def _leave(self, answers: Floats, stage: int, exits: Exits | None, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        if stage == len(self._sessions) - 1:
+        if stage == len(self._stages) - 1:
             return np.ones(len(answers), np.bool_)
         if exits is None:
             return np.zeros(len(answers), np.bool_)
-        scores = confidence(answers, self.manifest.task, float(exits.temperatures[stage]))
-        return passes(scores, exits.thresholds[numbers, stage])
+        thresholds = exits.thresholds[numbers, stage]
+        if (thresholds > 1).all():
+            # No score reaches it, so none is computed.
+            return np.zeros(len(answers), np.bool_)
+        return passes(confidence(answers, self.manifest.task, float(exits.temperatures[stage])), thresholds)
 
-    def _pays(self, rows: Rows, waiting: NDArray[np.bool_]) -> bool:
-        """Whether to take the rows that have left out of the batch: see `COMPACT_AT`."""
-        if waiting.all():
-            return False
-        left = int(rows.lengths[waiting].max()) * int(waiting.sum())
-        return left <= self.compact_at * rows.longest * len(rows)
+    def _compacted(self, calls: list[_Call]) -> list[_Call]:
+        """The calls of the next stage: without the rows that have left, where that pays (see `COMPACT_AT`)."""
+        if self._device == "cuda":
+            for call in calls:
+                if call.left() <= self.compact_at * call.tokens:
+                    call.keep(np.flatnonzero(call.waiting))
+            return calls
+        if all(call.waiting.all() for call in calls) or sum(map(_Call.left, calls)) > self.compact_at * sum(
+            call.tokens for call in calls
+        ):
+            return calls
+        return self._regrouped(calls)
+
+    def _regrouped(self, calls: list[_Call]) -> list[_Call]:
+        """Full calls again from what each has left."""
+        staying = [(call, row) for call in calls for row in np.flatnonzero(call.waiting).tolist()]
+        rows = joined([taken(call.rows, np.flatnonzero(call.waiting).tolist()) for call in calls])
+        numbers = np.array([call.numbers[row] for call, row in staying])
+        made = []
+        for chosen, part in self._parts(rows):
+            states = [staying[index] for index in chosen.tolist()]
+            call = _Call(part, numbers[chosen], self._pad_id, on_device=False)
+            call.hidden = _padded_states([source.hidden[row] for source, row in states], part)
+            made.append(call)
+        return made
 
 
-class _Batch:
-    """The inputs of one call, and the hidden states [rows, length, hidden] between its stages."""
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A session, with the names that asking it for each time costs more than a small layer."""
 
-    def __init__(self, rows: Rows, pad_id: int, *, on_device: bool) -> None:
-        self.rows = rows
+    session: ort.InferenceSession
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, session: ort.InferenceSession) -> _Stage:
+        names = (tuple(item.name for item in items) for items in (session.get_inputs(), session.get_outputs()))
+        return cls(session, *names)
+
+
+class _Call:
+    """Rows that run together, and their hidden states [rows, length, hidden] between stages.
+
+    `numbers` are the rows' numbers in the whole batch; `waiting` says which of them have no answer yet.
+    """
+
+    def __init__(self, rows: Rows, numbers: NDArray[np.int64], pad_id: int, *, on_device: bool) -> None:
+        self.rows, self.numbers = rows, numbers
+        self.waiting = np.ones(len(rows), np.bool_)
+        self.hidden: Any = None
         self._pad_id = pad_id
         self._on_device = on_device
-        self._hidden: Any = None
         self._feed = self._padded()
 
-    def answers(self, session: ort.InferenceSession) -> Floats:
-        """Run a stage on the batch: float32 [rows, width]. Its hidden states wait for the next stage."""
+    @property
+    def tokens(self) -> int:
+        """Padded tokens."""
+        return self.rows.longest * len(self.rows)
+
+    def left(self) -> int:
+        """Padded tokens of the rows that have no answer yet."""
+        return int(self.rows.lengths[self.waiting].max()) * int(self.waiting.sum())
+
+    def run(self, stage: _Stage) -> Floats:
+        """The stage's answers: float32 [rows, width]. Its hidden states wait for the next stage."""
         run = self._run_on_device if self._on_device else self._run
         try:
-            values, self._hidden = run(session)
+            values, self.hidden = run(stage)
         except ORT_ERRORS as error:
             raise EngineError(
                 f"ONNX Runtime failed on a batch of {len(self.rows)} rows of up to {self.rows.longest} tokens"
@@ -150,32 +190,40 @@ class _Batch:
     def keep(self, chosen: NDArray[np.int64]) -> None:
         """Take all but the chosen rows out, and cut the padding to the longest of them."""
         self.rows = taken(self.rows, chosen.tolist())
+        self.numbers, self.waiting = self.numbers[chosen], self.waiting[chosen]
         self._feed = self._padded()
-        hidden = self._hidden.numpy() if self._on_device else self._hidden
-        hidden = np.ascontiguousarray(hidden[chosen, : self.rows.longest])
-        self._hidden = ort.OrtValue.ortvalue_from_numpy(hidden, "cuda", 0) if self._on_device else hidden
+        hidden = np.ascontiguousarray(self.hidden.numpy()[chosen, : self.rows.longest])
+        self.hidden = ort.OrtValue.ortvalue_from_numpy(hidden, "cuda", 0)
 
     def _padded(self) -> dict[str, NDArray[np.int64]]:
         names = ("input_ids", "attention_mask", "token_type_ids")
         return dict(zip(names, self.rows.padded(self._pad_id), strict=True))
 
-    def _run(self, session: ort.InferenceSession) -> tuple[Floats, Any]:
-        feed = self._feed | {HIDDEN: self._hidden}
-        found = session.run(None, {item.name: feed[item.name] for item in session.get_inputs()})
-        named = dict(zip((item.name for item in session.get_outputs()), found, strict=True))
+    def _run(self, stage: _Stage) -> tuple[Floats, Any]:
+        feed = self._feed | {HIDDEN: self.hidden}
+        found = stage.session.run(None, {name: feed[name] for name in stage.inputs})
+        named = dict(zip(stage.outputs, found, strict=True))
         return named[VALUES], named.get(NEXT_HIDDEN)
 
-    def _run_on_device(self, session: ort.InferenceSession) -> tuple[Floats, Any]:
+    def _run_on_device(self, stage: _Stage) -> tuple[Floats, Any]:
         """The same, with the hidden states left where the next stage reads them."""
-        binding = session.io_binding()
-        for item in session.get_inputs():
-            if item.name == HIDDEN:
-                binding.bind_ortvalue_input(HIDDEN, self._hidden)
+        binding = stage.session.io_binding()
+        for name in stage.inputs:
+            if name == HIDDEN:
+                binding.bind_ortvalue_input(HIDDEN, self.hidden)
             else:
-                binding.bind_cpu_input(item.name, self._feed[item.name])
-        names = [item.name for item in session.get_outputs()]
-        for name in names:
+                binding.bind_cpu_input(name, self._feed[name])
+        for name in stage.outputs:
             binding.bind_output(name, "cpu" if name == VALUES else "cuda")
-        session.run_with_iobinding(binding)
-        named = dict(zip(names, binding.get_outputs(), strict=True))
+        stage.session.run_with_iobinding(binding)
+        named = dict(zip(stage.outputs, binding.get_outputs(), strict=True))
         return named[VALUES].numpy(), named.get(NEXT_HIDDEN)
+
+
+def _padded_states(states: list[Floats], rows: Rows) -> Floats:
+    """States [length or more, hidden] of each row, as one array [rows, longest, hidden]."""
+    longest = rows.longest
+    padded = np.zeros((len(states), longest, states[0].shape[-1]), np.float32)
+    for place, (state, length) in enumerate(zip(states, rows.lengths.tolist(), strict=True)):
+        padded[place, :length] = state[:length]
+    return padded

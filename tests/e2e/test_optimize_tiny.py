@@ -19,7 +19,6 @@ from tests.unit import tiny_models
 LEVELS = [0.001, 0.1, 0.2]
 QUICK = {"torch-fp32", "torch-bf16", "onnx-fp32", "onnx-fp32-trim", "onnx-int8-dynamic", "exits-frozen-int8"}
 STANDARD = QUICK | {
-    "exits-distilled-int8",
     "pruned-layers-1-int8",
     "distilled-1-int8",
     "pruned-widths-60-int8",

@@ -13,7 +13,7 @@ import torch
 from fettle.answers import confidence
 from fettle.errors import EngineError, PassError
 from fettle.manifest import Precision, Runtime, Stage, VariantManifest
-from fettle.rows import Exits, Rows
+from fettle.rows import Exits, Rows, joined
 from optimize.exits import ExitHead, Heads, MultiExit, layer_count, reads_first_token
 from optimize.export import export_onnx
 from optimize.first_token import first_token
@@ -24,6 +24,7 @@ from optimize.stages import export_multi_exit, split
 from tests.unit import tiny_models
 from tests.unit.test_architectures import distance, sample_rows
 from workers.engine import EngineOptions, open_engine
+from workers.onnx_encoder import in_calls, taken
 from workers.staged_encoder import StagedEncoder
 
 TOLERANCE = 2e-5
@@ -165,13 +166,13 @@ def test_who_shares_the_batch_changes_nothing(deep, compact_at, row_by_row):
 def test_rows_that_have_left_are_computed_no_more(deep, monkeypatch):
     engine = deep.engine(row_by_row=False)
     seen = []
-    inner = engine._sessions[1].run
+    inner = engine._stages[1].session.run
 
     def counted(names, feed):
         seen.append(feed["hidden"].shape[:2])
         return inner(names, feed)
 
-    monkeypatch.setattr(engine._sessions[1], "run", counted)
+    monkeypatch.setattr(engine._stages[1].session, "run", counted)
     rows = sample_rows(deep.reference, seed=6)
     stay = rows.lengths < 12
     engine.run(rows, gates(rows, np.where(stay, 2.0, 0.0), 2.0))
@@ -179,15 +180,32 @@ def test_rows_that_have_left_are_computed_no_more(deep, monkeypatch):
     assert max(shape[1] for shape in seen) == rows.lengths[stay].max()
 
 
+def test_what_is_left_of_many_calls_shares_calls_again(deep, monkeypatch):
+    engine = deep.engine(row_by_row=False)
+    engine._call_tokens = 64
+    rows = joined([sample_rows(deep.reference, seed=seed) for seed in range(6)])
+    expected = deep.expected(rows)
+    stay = np.arange(len(rows)) % 4 == 0
+    calls = []
+    inner = engine._stages[1].session.run
+    monkeypatch.setattr(engine._stages[1].session, "run", lambda *args: calls.append(1) or inner(*args))
+    outputs = engine.run(rows, gates(rows, np.where(stay, 2.0, 0.0), 2.0))
+    assert distance(outputs.values, expected[np.arange(len(rows)), outputs.stages]) < TOLERANCE
+    assert outputs.stages.tolist() == np.where(stay, 2, 0).tolist()
+    # As few as for a batch of these rows alone.
+    assert len(calls) == len(in_calls(taken(rows, np.flatnonzero(stay).tolist()), 64, row_by_row=False))
+    assert len(calls) < len(in_calls(rows, 64, row_by_row=False))
+
+
 def test_a_score_that_is_nan_never_leaves(deep, monkeypatch):
     engine = deep.engine()
-    inner = engine._sessions[0].run
+    inner = engine._stages[0].session.run
 
     def broken(names, feed):
         values, hidden = inner(names, feed)
         return [np.full_like(values, np.nan), hidden]
 
-    monkeypatch.setattr(engine._sessions[0], "run", broken)
+    monkeypatch.setattr(engine._stages[0].session, "run", broken)
     rows = sample_rows(deep.reference, seed=7)
     outputs = engine.run(rows, gates(rows, 0.0, 2.0))
     assert outputs.stages.tolist() == [2] * len(rows)
