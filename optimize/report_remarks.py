@@ -109,5 +109,7 @@ def _compared_with(facts: Facts, item: Tried) -> Tried | None:
 
 
 def _likeness(item: Tried) -> tuple[Runtime, Precision, list[dict[str, JsonValue]]]:
-    quantized = [record.parameters for record in item.manifest.recipe if lever_of_pass(record) is Lever.QUANTIZED]
+    passes = [record for record in item.manifest.recipe if lever_of_pass(record) is Lever.QUANTIZED]
+    # Without parameters it is not the scheme of the products.
+    quantized = [record.parameters for record in passes if record.parameters]
     return item.manifest.runtime, item.manifest.precision, quantized

@@ -23,10 +23,11 @@ from optimize.report_plots import Frontier, levers_shown, marks_of
 from optimize.report_remarks import remarks
 from optimize.report_words import (
     at_most,
-    found_in_words,
+    found_by,
     measured,
+    pass_in_words,
     path_in_words,
-    recipe_in_words,
+    recipe_in_brief,
     refusals,
     relative_cost,
     runtime_in_words,
@@ -222,16 +223,26 @@ def _lever_columns(facts: Facts) -> list[Column[Tried]]:
 
 def _variant_cell(item: Tried) -> Html:
     made = f"from {item.manifest.parent}: " if item.manifest.parent else ""
-    found, stages = found_in_words(item), stages_in_words(item)
+    stages = stages_in_words(item)
     return join(
         [
             tag("b", item.id),
-            tag("span", f"{made}{recipe_in_words(item)}; {runtime_in_words(item)}", class_="how"),
+            tag("span", f"{made}{recipe_in_brief(item)}; {runtime_in_words(item)}", class_="how"),
             tag("span", stages, class_="how found") if stages else None,
-            tag("span", f"Found: {found}", class_="how found") if found else None,
             tag("span", f"Dropped: {item.dropped}", class_="how") if item.dropped else None,
+            _passes(item),
         ]
     )
+
+
+def _passes(item: Tried) -> Html | None:
+    """Folded: every pass with its parameters, how long it took and what it found."""
+    lines = []
+    for record in item.manifest.recipe:
+        found = found_by(record)
+        seconds = fixed(record.seconds, 0 if record.seconds >= 10 else 1)
+        lines.append(f"{pass_in_words(record)}, {seconds} s" + (f". Found: {found}" if found else ""))
+    return tag("details", tag("summary", "every pass"), listing(lines), class_="passes") if lines else None
 
 
 def _invariance(found: Measurements) -> str:

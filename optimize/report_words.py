@@ -22,13 +22,28 @@ DONE_BY_NAME = {
     "checkpoint": "saved as a checkpoint",
     "drop-layers": "layers dropped",
     "export": "exported to ONNX",
+    "exit-heads": "exit heads trained",
     "export-stages": "exported to ONNX in stages",
     "factorize": "embeddings factorized",
+    "factorize-embeddings": "embeddings factorized",
     "first-token": "last layer computed for the first token alone",
     "fuse": "operators fused",
+    "keep-alternate-layers": "every other layer kept",
+    "prune-heads-and-neurons": "least important heads and neurons removed",
+    "prune-layers": "least influential layers removed",
+    "quantize-embeddings": "embeddings quantized",
     "share": "layers made to share weights",
+    "share-layers": "layers made to share weights",
+    "shrink-width": "made narrower",
     "split": "cut into stages",
     "width": "made narrower",
+}
+SCHEMES = {
+    "dynamic": "one scale for all tokens of a call",
+    "rows": "known ranges, or a scale for each token",
+    "static": "known ranges",
+    "weights4": "weights alone, to 4 bits",
+    "weights8": "weights alone, to 8 bits",
 }
 LONGEST_VALUE = 80
 NOTHING_GAINED = 0.95
@@ -147,17 +162,29 @@ def recipe_in_words(tried: Tried) -> str:
     return "; ".join(pass_in_words(record) for record in tried.manifest.recipe) or "as it was given"
 
 
+def recipe_in_brief(tried: Tried) -> str:
+    """The same without parameters but the scheme of a quantization, each kind of pass once."""
+    return "; ".join(dict.fromkeys(map(_briefly, tried.manifest.recipe))) or "as it was given"
+
+
 def pass_in_words(record: PassRecord) -> str:
-    lever = lever_of_pass(record)
-    done = DONE_BY_NAME.get(record.name) or (DONE[lever] if lever is not None else record.name)
     given = ", ".join(_value_in_words(key, value) for key, value in record.parameters.items() if value is not None)
-    return f"{done} ({given})" if given else done
+    return f"{_done(record)} ({given})" if given else _done(record)
 
 
-def found_in_words(tried: Tried) -> str:
-    """What the passes noted, e.g. how many nodes were fused."""
-    notes = {key: value for record in tried.manifest.recipe for key, value in record.notes.items()}
-    return ", ".join(_value_in_words(key, value) for key, value in notes.items() if value is not None)
+def found_by(record: PassRecord) -> str:
+    """What a pass noted, e.g. how many nodes were fused."""
+    return ", ".join(_value_in_words(key, value) for key, value in record.notes.items() if value is not None)
+
+
+def _briefly(record: PassRecord) -> str:
+    scheme = record.parameters.get("scheme")
+    return f"{_done(record)}, {SCHEMES.get(scheme, scheme)}" if isinstance(scheme, str) else _done(record)
+
+
+def _done(record: PassRecord) -> str:
+    lever = lever_of_pass(record)
+    return DONE_BY_NAME.get(record.name) or (DONE[lever] if lever is not None else record.name)
 
 
 def stages_in_words(tried: Tried) -> str:

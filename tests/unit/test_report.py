@@ -22,7 +22,7 @@ from optimize.report_html import fixed, percent_of, tag
 from optimize.report_labels import Box, Canvas
 from optimize.report_plots import Frontier, Scale, marks_of
 from optimize.report_remarks import remarks
-from optimize.report_words import pass_in_words, path_in_words, result
+from optimize.report_words import pass_in_words, path_in_words, recipe_in_brief, result
 from tests.fakes import FakeVariant, classify_task, make_fake_family
 from tests.report_family import DROPPED, MADE, analysis, make_embedding_family, make_report_family
 
@@ -297,6 +297,14 @@ def test_a_pass_in_words():
         seconds=1,
     )
     assert pass_in_words(record) == "quantized (scheme static, per channel, not symmetric, share 0.25, left a, b)"
+
+
+def test_a_recipe_in_brief_names_each_kind_of_pass_once_and_the_folded_list_all_of_them(tmp_path: Path):
+    family = make_report_family(tmp_path / "f")
+    passes = [PassRecord(name=name, seconds=2, notes={"steps": 7}) for name in ("prune", "distill") * 2]
+    family.variants["pruned-layers-4"] = family.variants["pruned-layers-4"].model_copy(update={"recipe": passes})
+    assert recipe_in_brief(gather(family).tried["pruned-layers-4"]) == "pruned; distilled"
+    assert render(family).count("distilled, 2.0 s. Found: steps 7") == 2
 
 
 @pytest.mark.parametrize(
