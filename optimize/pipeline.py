@@ -19,7 +19,15 @@ from fettle.family import MANIFEST_FILE, TOKENIZER_FILE, Family, variant_directo
 from fettle.manifest import Analysis, NotBuilt
 from fettle.store import locked, remove_leftovers, write_atomic
 from optimize import finish, recipes, search, train
-from optimize.build import FATAL, MEASURE_SECONDS, Builder, build_step, contained, measure_step
+from optimize.build import (
+    FATAL,
+    MEASURE_REFERENCE_SECONDS,
+    MEASURE_SECONDS,
+    Builder,
+    build_step,
+    contained,
+    measure_step,
+)
 from optimize.data import load_splits
 from optimize.load import Reference, load_reference
 from optimize.progress import Progress
@@ -30,7 +38,7 @@ from optimize.workspace import Work, answers_step
 
 READ, LOAD = "read the data", "load the model"
 EXPECTED_SECONDS = {READ: 1.0, LOAD: 8.0}
-ANSWERED_PER_SECOND, CERTIFYING_SECONDS = 60.0, 60.0
+ANSWERED_PER_SECOND, CERTIFYING_SECONDS = 100.0, 60.0
 
 
 def run(config: OptimizeConfig, progress: Progress) -> Family:
@@ -168,7 +176,8 @@ def expected_seconds(work: Work, ahead: list[Recipe], wanted: set[str] | None) -
 
 
 def seconds_of(work: Work, recipe: Recipe) -> dict[str, float]:
-    steps = {build_step(recipe.id): recipe.expected_seconds, measure_step(recipe.id): MEASURE_SECONDS}
+    measuring = MEASURE_REFERENCE_SECONDS if recipe.parent is None else MEASURE_SECONDS
+    steps = {build_step(recipe.id): recipe.expected_seconds, measure_step(recipe.id): measuring}
     if recipe.plan is not None and work.has("train"):
         steps.update(train.step_seconds(recipe.plan, len(work.order("train"))))
     return steps

@@ -65,7 +65,7 @@ Kept = TypeVar("Kept")
 
 ANALYSIS = "importance of layers, heads and neurons"
 # A guess until real times are known: a small encoder on two cores.
-TRAINED_PER_SECOND, READ_PER_SECOND = 35.0, 150.0
+TRAINED_PER_SECOND, READ_PER_SECOND = 80.0, 200.0
 PASS_NAMES = {
     "drop-layers": "prune-layers",
     "alternate-layers": "keep-alternate-layers",
