@@ -30,7 +30,7 @@ from examples.finetune import Recipe, base_model, finetune, read_rows, split_pat
 from fettle.answers import Floats, disagreements
 from fettle.config import DataFiles, FamilyConfig, OptimizeConfig, ReplicaConfig, ServeConfig
 from fettle.family import Family
-from fettle.manifest import Runtime, TaskKind
+from fettle.manifest import TaskKind
 from fettle.rows import Row, Rows, in_batches
 from fettle.tokenizer import Tokenizer
 from optimize.pipeline import run as optimize
@@ -42,6 +42,7 @@ ALONE_REQUESTS = 40
 OFFLINE_ROWS, OFFLINE_TOKENS = 32, 4096
 SPLITS = ("train", "validation", "calibration", "test")
 EMBEDDER_RECIPES = ["torch-fp32", "onnx-fp32", "onnx-int8-dynamic", "onnx-int8"]
+SHOWN = ("torch-fp32", "onnx-fp32", "onnx-int8-dynamic", "onnx-int8", "exits-frozen-int8")
 MEASURED_ROWS = 600
 
 
@@ -162,9 +163,8 @@ def answer_at_levels(family: Family, rows: Sequence[dict[str, str]]) -> list[Cer
 
 
 def shown(family: Family) -> list[str]:
-    """The reference, to see what was gained, and its ONNX variants."""
-    found = family.variants.items()
-    return [name for name, variant in found if variant.runtime is Runtime.ONNX or name == family.manifest.reference]
+    """The reference, to see what was gained, and the most telling of its variants; each takes replicas of its own."""
+    return [name for name in SHOWN if name in family.variants]
 
 
 async def question_all(
