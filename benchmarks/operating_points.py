@@ -12,20 +12,15 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import tempfile
 from pathlib import Path
-
-import numpy as np
 
 from fettle.answers import disagreements
 from fettle.family import Family
 from fettle.points import whole
 from fettle.tokenizer import Tokenizer
 from optimize.hardware import describe
-from optimize.measure import run_child
-from optimize.point_trial import Contestant, PointRequest, PointResult
+from optimize.measure import try_points
 from optimize.recipes import ONNX_REFERENCE
-from optimize.trial import OUTPUTS_FILE, REQUEST_FILE, RESULT_FILE, ROWS_FILE, save_rows
 
 TEXTS = Path(__file__).parents[1] / "examples" / "data" / "debian-sections.test.jsonl.gz"
 
@@ -39,29 +34,15 @@ def compare(family: Family, texts: list[str], threads: int) -> dict[str, dict[st
     """By contestant: `cpu_ms` of a row, `cost` as a share of fp32 ONNX, `changed` answers and the certified `bound`."""
     rows = Tokenizer(family.tokenizer_path, family.manifest.tokenizer).encode(texts)
     points = {point.id: point for point in family.manifest.points}
-    contestants = [Contestant(name=ONNX_REFERENCE, steps=list(whole(family.variant(ONNX_REFERENCE))))]
-    contestants += [Contestant(name=name, steps=point.steps) for name, point in points.items()]
-    used = {step.variant for contestant in contestants for step in contestant.steps}
-    request = PointRequest(
-        variants={name: family.variant_path(name).resolve() for name in sorted(used)},
-        contestants=contestants,
-        task=family.manifest.task,
-        device="cpu",
-        threads=threads,
-    )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / REQUEST_FILE).write_text(request.model_dump_json())
-        save_rows(folder / ROWS_FILE, rows)
-        run_child("optimize.point_trial", folder, lambda _: None)
-        result = PointResult.model_validate_json((folder / RESULT_FILE).read_bytes())
-        with np.load(folder / OUTPUTS_FILE) as outputs:
-            values = {contestant.name: outputs[f"{contestant.name}.values"] for contestant in contestants}
+    ways = {ONNX_REFERENCE: whole(family.variant(ONNX_REFERENCE)), **{name: p.steps for name, p in points.items()}}
+    paths = {name: family.variant_path(name) for name in family.variants}
+    cpu_ms, arrays = try_points(ways, paths, rows, family.manifest.task, threads, lambda _: None)
+    values = {name: arrays[f"{name}.values"] for name in ways}
     reference = values[ONNX_REFERENCE]
     return {
         name: {
-            "cpu_ms": result.cpu_ms[name],
-            "cost": result.cpu_ms[name] / result.cpu_ms[ONNX_REFERENCE],
+            "cpu_ms": cpu_ms[name],
+            "cost": cpu_ms[name] / cpu_ms[ONNX_REFERENCE],
             "changed": float(disagreements(found, reference, family.manifest.task).mean()),
             "level": points[name].certificate.alpha if name in points else 0.0,
             "bound": points[name].certificate.upper_bound if name in points else 0.0,

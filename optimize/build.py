@@ -179,7 +179,7 @@ def apply(step: Pass, bench: Bench) -> PassRecord:
 
 
 def existing(work: Work, name: str, fingerprint: str) -> VariantManifest | None:
-    """The variant if it was made from the same things and is intact; one whose files were dropped is as good."""
+    """The variant if it was made from the same things and is intact."""
     directory = variant_directory(work.config.out, name)
     try:
         manifest = parse_manifest(directory / MANIFEST_FILE, VariantManifest)

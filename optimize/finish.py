@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,10 +49,8 @@ from fettle.store import sha256_bytes
 from optimize import measure, recipes
 from optimize.cache import FOLDER
 from optimize.certify import Candidate, Problem, certify, label_disagreement
-from optimize.point_trial import Contestant, PointRequest, PointResult
 from optimize.search import Tried, dominated
 from optimize.tracing import Traces, trace_all
-from optimize.trial import OUTPUTS_FILE, REQUEST_FILE, RESULT_FILE, ROWS_FILE, save_rows
 from optimize.workspace import Work
 
 # Settings that the command line has an option for, and its name.
@@ -212,24 +209,10 @@ def try_points(
         return [], {}
     rows, task = work.rows("test"), work.reference.task
     fallback = recipes.ONNX_REFERENCE
-    contestants = [Contestant(name=fallback, steps=list(whole(variants[fallback])))]
-    contestants += [Contestant(name=point.id, steps=point.steps) for point in points]
-    used = {step.variant for contestant in contestants for step in contestant.steps}
-    request = PointRequest(
-        variants={name: variant_directory(work.config.out, name).resolve() for name in sorted(used)},
-        contestants=contestants,
-        task=task,
-        device="cpu",
-        threads=work.config.threads,
-    )
-    with work.progress.step(TRY_POINTS) as report, tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / REQUEST_FILE).write_text(request.model_dump_json())
-        save_rows(folder / ROWS_FILE, rows)
-        measure.run_child("optimize.point_trial", folder, report)
-        result = PointResult.model_validate_json((folder / RESULT_FILE).read_bytes())
-        with np.load(folder / OUTPUTS_FILE) as outputs:
-            arrays = dict(outputs)
+    ways = {fallback: whole(variants[fallback]), **{point.id: point.steps for point in points}}
+    paths = {name: variant_directory(work.config.out, name) for name in variants}
+    with work.progress.step(TRY_POINTS) as report:
+        cpu_ms, arrays = measure.try_points(ways, paths, rows, task, work.config.threads, report)
     reference, targets = work.answers("test"), work.targets("test")
     tried = []
     for point in points:
@@ -241,8 +224,8 @@ def try_points(
             errors=int(wrong.sum()),
             disagreement=float(wrong.mean()),
             answered=_answered(point, arrays[f"{point.id}.steps"], arrays[f"{point.id}.stages"]),
-            cpu_ms_per_row=result.cpu_ms[point.id],
-            reference_cpu_ms_per_row=result.cpu_ms[fallback],
+            cpu_ms_per_row=cpu_ms[point.id],
+            reference_cpu_ms_per_row=cpu_ms[fallback],
             metric_name=metric_name,
             metric=metric,
         )

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,13 @@ from fettle.manifest import (
     LatencyTable,
     Measurements,
     Quality,
+    Step,
     Task,
     TaskKind,
 )
 from fettle.rows import Row, Rows
 from optimize.labels import Targets
+from optimize.point_trial import Contestant, PointRequest, PointResult
 from optimize.trial import (
     OUTPUTS_FILE,
     REQUEST_FILE,
@@ -171,6 +173,39 @@ def try_rows(request: TrialRequest, rows: list[Row], report: Report) -> tuple[Tr
         result = TrialResult.model_validate_json((folder / RESULT_FILE).read_bytes())
         with np.load(folder / OUTPUTS_FILE) as outputs:
             return result, {part.name: outputs[part.name] for part in request.parts}
+
+
+def try_points(
+    points: Mapping[str, Sequence[Step]],
+    paths: Mapping[str, Path],
+    rows: list[Row],
+    task: Task,
+    threads: int,
+    report: Report,
+) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
+    """Answer the rows through each point, by name, in one process; `paths` are the variants' directories.
+
+    Returns the processor milliseconds of an average row by point, and what `optimize.point_trial` writes.
+
+    Raises:
+        PassError: the process failed or crashed.
+    """
+    used = sorted({step.variant for steps in points.values() for step in steps})
+    request = PointRequest(
+        variants={name: paths[name].resolve() for name in used},
+        contestants=[Contestant(name=name, steps=list(steps)) for name, steps in points.items()],
+        task=task,
+        device="cpu",
+        threads=threads,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / REQUEST_FILE).write_text(request.model_dump_json())
+        save_rows(folder / ROWS_FILE, rows)
+        run_child("optimize.point_trial", folder, report)
+        result = PointResult.model_validate_json((folder / RESULT_FILE).read_bytes())
+        with np.load(folder / OUTPUTS_FILE) as outputs:
+            return result.cpu_ms, dict(outputs)
 
 
 def timed_lengths(longest: int) -> list[int]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fettle.config import Effort
-from fettle.manifest import Head, Task, TaskKind, VariantManifest
+from fettle.manifest import Task, TaskKind, VariantManifest
+from fettle.points import has_scores
 from optimize.recipes import (
     ONNX_REFERENCE,
     TRIMMED,
@@ -73,8 +74,7 @@ class Facts:
     @property
     def has_scores(self) -> bool:
         """Whether answers have a confidence to exit by."""
-        single = self.task.head is Head.SINGLE_LABEL and self.task.width > 1
-        return self.task.kind is TaskKind.CLASSIFY and (single or self.task.head is Head.MULTI_LABEL)
+        return has_scores(self.task)
 
 
 @dataclass

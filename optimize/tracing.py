@@ -6,7 +6,7 @@ worst of them. Several processes run at once where the cores allow; nothing is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -42,7 +42,7 @@ def trace_all(work: Work, variants: Sequence[VariantManifest]) -> dict[str, Trac
     found: dict[str, Traces] = {}
     if not fresh:
         work.progress.skip(STEP, "already there")
-        return {variant.id: _cached(work, variant, fingerprints[variant.id], rows, {}) for variant in variants}
+        return {variant.id: _cached(work, variant, fingerprints[variant.id], rows) for variant in variants}
     done = dict.fromkeys((variant.id for variant in fresh), 0.0)
     with work.progress.step(STEP) as report:
 
@@ -52,7 +52,7 @@ def trace_all(work: Work, variants: Sequence[VariantManifest]) -> dict[str, Trac
                 report(sum(done.values()) / len(done))
 
             try:
-                return variant.id, _cached(work, variant, fingerprints[variant.id], rows, {"report": mine})
+                return variant.id, _cached(work, variant, fingerprints[variant.id], rows, mine)
             except PassError as error:
                 return variant.id, error
 
@@ -73,9 +73,12 @@ def batchings(variant: VariantManifest) -> list[str]:
 
 
 def _cached(
-    work: Work, variant: VariantManifest, fingerprint: str, rows: list[Row], options: Mapping[str, measure.Report]
+    work: Work,
+    variant: VariantManifest,
+    fingerprint: str,
+    rows: list[Row],
+    report: measure.Report = lambda _: None,
 ) -> Traces:
-    report = options.get("report", lambda _: None)
     count = len(work.rows("validation"))
     names = batchings(variant)
 

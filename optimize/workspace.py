@@ -194,8 +194,3 @@ def answers_step(split: str) -> str:
 def fingerprint_of(**parts: object) -> str:
     """Hex SHA-256 over named values, each of which is plain JSON."""
     return sha256_bytes(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
-
-
-def scaled(report: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:
-    """A report for a part of a step that goes from `start` to `end`."""
-    return lambda done: report(start + (end - start) * done)
