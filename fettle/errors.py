@@ -122,3 +122,8 @@ class EngineError(FettleError):
     """The engine failed on these rows; another row of the same batch may well be fine."""
 
     code = "engine_failed"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from fettle.errors import FamilyError, PassError
+from fettle.errors import FamilyError, PassError, first_line
 from fettle.family import (
     MANIFEST_FILE,
     check_files,
@@ -161,7 +161,7 @@ def contained(name: str) -> Iterator[None]:
         if isinstance(error, PassError):
             raise
         # Exporters, quantizers and models raise anything at all, and one variant less is no reason to lose the others.
-        raise PassError(f"{name}: {_first_line(error)}") from error
+        raise PassError(f"{name}: {_cut_line(error)}") from error
 
 
 def apply(step: Pass, bench: Bench) -> PassRecord:
@@ -207,6 +207,5 @@ def _fatal(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+def _cut_line(error: Exception) -> str:
+    return first_line(error)[:300]

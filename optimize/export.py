@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from pydantic import JsonValue
 from torch import nn
 
-from fettle.errors import PassError
+from fettle.errors import PassError, first_line
 from fettle.manifest import TokenizerSpec
 from fettle.rows import Rows
 from optimize.load import Reference
@@ -46,7 +46,7 @@ def export_onnx(reference: Reference, path: Path, sample: Rows) -> dict[str, Jso
             trace(reference.model, reference.tokenizer, ["values"], path)
     except Exception as error:
         # The exporter raises whatever the model's code happens to raise under tracing.
-        raise PassError(f"torch.onnx.export failed on {reference.source.architecture}: {_line(error)}") from error
+        raise PassError(f"torch.onnx.export failed on {reference.source.architecture}: {first_line(error)}") from error
     onnx.checker.check_model(str(path))
     difference = check_against_torch(lambda *inputs: [reference.model(*inputs)], reference.tokenizer, path, sample)
     return {"opset": OPSET, "max_difference": difference, "tolerance": TOLERANCE}
@@ -167,7 +167,7 @@ def check_against_torch(
     try:
         difference = largest_difference(run_graph(path, batches), expected)
     except Exception as error:
-        raise PassError(f"ONNX Runtime does not run the exported graph: {_line(error)}") from error
+        raise PassError(f"ONNX Runtime does not run the exported graph: {first_line(error)}") from error
     if difference > TOLERANCE:
         raise PassError(
             f"the exported graph's values differ from torch's by {difference:.2g}, "
@@ -187,7 +187,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,6 +19,7 @@ import onnx
 from onnx import helper, numpy_helper
 from pydantic import JsonValue
 
+from fettle.errors import first_line
 from fettle.manifest import TokenizerSpec
 from fettle.rows import Rows
 from optimize.export import check_batches, largest_difference, run_graph, save_graph
@@ -55,7 +56,7 @@ def first_token(path_in: Path, path_out: Path, sample: Rows, spec: TokenizerSpec
     try:
         difference = largest_difference(run_graph(path_out, batches), run_graph(path_in, batches))
     except ORT_ERRORS as error:
-        return _undone(path_in, path_out, f"ONNX Runtime refuses the rewritten graph: {str(error).splitlines()[0]}")
+        return _undone(path_in, path_out, f"ONNX Runtime refuses the rewritten graph: {first_line(error)}")
     quantized = any(node.op_type in QUANTIZERS for node in model.graph.node)
     if difference > (QUANTIZED_TOLERANCE if quantized else TOLERANCE):
         return _undone(path_in, path_out, f"the rewritten graph's values differ by {difference:.2g}")

@@ -23,7 +23,7 @@ from tokenizers import normalizers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from fettle.errors import ModelError
+from fettle.errors import ModelError, first_line
 from fettle.manifest import Head, Source, Task, TaskKind, TokenizerSpec
 from fettle.store import sha256_file
 from workers.torch_encoder import Scorer, build_scorer
@@ -280,7 +280,7 @@ def _scorer(directory: Path, task: Task) -> Scorer:
     try:
         scorer, report = build_scorer(directory, task, torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{directory}: transformers cannot load the weights ({_line(error)})") from error
+        raise ModelError(f"{directory}: transformers cannot load the weights ({first_line(error)})") from error
     # transformers would fill what is missing at random and only log it.
     missing = sorted(set(report["missing_keys"]) | {str(key) for key in report["mismatched_keys"]})
     missing = [key for key in missing if task.kind is TaskKind.CLASSIFY or "pooler." not in key]
@@ -303,7 +303,7 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
-        raise ModelError(f"{directory}: no tokenizer that transformers can load ({_line(error)})") from error
+        raise ModelError(f"{directory}: no tokenizer that transformers can load ({first_line(error)})") from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"{directory}: {type(tokenizer).__name__} has no fast version; convert it to tokenizer.json first"
@@ -375,7 +375,3 @@ def _tokenizer_json(tokenizer: PreTrainedTokenizerBase, layout: Layout) -> bytes
         lower = normalizers.Lowercase()
         fast.normalizer = lower if fast.normalizer is None else normalizers.Sequence([lower, fast.normalizer])
     return fast.to_str().encode()
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

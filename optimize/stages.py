@@ -16,7 +16,7 @@ from onnx import helper
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from fettle.errors import PassError
+from fettle.errors import PassError, first_line
 from fettle.manifest import Stage
 from fettle.rows import Rows
 from optimize.exits import MultiExit, layer_count
@@ -61,8 +61,9 @@ def export_multi_exit(reference: Reference, model: MultiExit, path: Path, sample
             trace(_Cut(model), reference.tokenizer, outputs, path)
     except Exception as error:
         # The exporter raises whatever the model's code happens to raise under tracing.
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PassError(f"torch.onnx.export failed on {reference.source.architecture} with exits: {line}") from error
+        raise PassError(
+            f"torch.onnx.export failed on {reference.source.architecture} with exits: {first_line(error)}"
+        ) from error
     _note_layers(path, [*model.layers, layer_count(model.scorer)])
     onnx.checker.check_model(str(path))
     difference = check_against_torch(model, reference.tokenizer, path, sample)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig
 
-from fettle.errors import FamilyError, PassError
+from fettle.errors import FamilyError, PassError, first_line
 from fettle.manifest import Strict, Task, TaskKind
 from optimize import prune, reshape
 from optimize.load import Reference
@@ -150,7 +150,7 @@ def load_student(directory: Path, task: Task) -> Scorer:
         load_model(scorer, directory / WEIGHTS, strict=True)
     except (PassError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise FamilyError(
-            f"{directory}: no student that can be built again ({_line(error)}); run `fettle optimize` again"
+            f"{directory}: no student that can be built again ({first_line(error)}); run `fettle optimize` again"
         ) from error
     return scorer
 
@@ -164,7 +164,3 @@ def _unshaped(config: PreTrainedConfig, task: Task) -> Scorer:
     if task.kind is TaskKind.EMBED and getattr(model, "pooler", None) is not None:
         model.pooler = None
     return Scorer(model, task).eval().requires_grad_(False)
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

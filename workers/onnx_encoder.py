@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from fettle.errors import EngineError, FamilyError, UsageError
+from fettle.errors import EngineError, FamilyError, UsageError, first_line
 from fettle.manifest import VariantManifest
 from fettle.rows import Exits, Outputs, Rows, in_batches
 from workers.engine import EngineOptions, warm_up_rows
@@ -141,9 +141,8 @@ def open_session(path: Path, options: EngineOptions) -> ort.InferenceSession:
             disabled_optimizers=SLOWER_ON_CPU if cpu else [],
         )
     except ORT_ERRORS as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
         raise FamilyError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({line}); run `fettle optimize` again"
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({first_line(error)}); run `fettle optimize` again"
         ) from error
     # ONNX Runtime goes on without a provider that fails to start; serving on CPU what should be on CUDA is no success.
     if not cpu and "CUDAExecutionProvider" not in session.get_providers():

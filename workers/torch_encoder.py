@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from fettle.errors import EngineError, FamilyError, UsageError
+from fettle.errors import EngineError, FamilyError, UsageError, first_line
 from fettle.manifest import Precision, Task, TaskKind, VariantManifest
 from fettle.rows import Exits, Outputs, Rows
 from workers.engine import EngineOptions, warm_up_rows
@@ -107,8 +107,7 @@ class TorchEncoder:
             scorer, _ = build_scorer(directory, manifest.task, DTYPES[manifest.precision])
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise FamilyError(
-                f"{directory}: transformers cannot load this variant ({_first_line(error)}); "
-                "run `fettle optimize` again"
+                f"{directory}: transformers cannot load this variant ({first_line(error)}); run `fettle optimize` again"
             ) from error
         self._scorer: Scorer | None = scorer.to(self._device)
 
@@ -140,7 +139,3 @@ class TorchEncoder:
         self._scorer = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
