@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from fettle.manifest import Identifier, TaskKind
 
@@ -120,6 +120,44 @@ class LimitConfig(Settings):
     max_inputs: int = Field(default=256, ge=1)
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class MonitorConfig(Settings):
+    """The watch over what is promised: a share of the traffic is also answered by the reference, and compared."""
+
+    share: Share = Field(default=0.01, description="of the rows, chosen before anything else is known about them")
+    delta: float = Field(default=0.01, gt=0, lt=1, description="an alarm needs evidence of 1/delta")
+    directory: str | None = Field(
+        default=None, description="where the evidence is kept; `quality` in the family's directory if None"
+    )
+
+
+class GearConfig(Settings):
+    """When load shifts a quality class to a cheaper point of its own, and back."""
+
+    objective_ms: float = Field(default=100.0, gt=0, description="time in the system that a request should not exceed")
+    up: float = Field(default=0.7, gt=0, description="predicted drain time over the objective, above which to shift")
+    down: float = Field(default=0.3, gt=0, description="below which, after the dwell time, to go back")
+    dwell_s: float = Field(default=10.0, gt=0)
+
+    @model_validator(mode="after")
+    def ordered(self) -> GearConfig:
+        if self.down >= self.up:
+            raise ValueError(f"down {self.down:g} must be below up {self.up:g}, or gears oscillate")
+        return self
+
+
+class KeyConfig(Settings):
+    """An API key and what its holder may take. Backlogged keys share the machine by their weights."""
+
+    key: Annotated[str, StringConstraints(min_length=8)] = Field(repr=False)
+    name: Identifier
+    weight: float = Field(default=1.0, gt=0)
+    max_concurrent: int | None = Field(default=None, ge=1, description="requests at a time")
+    tokens_per_second: float | None = Field(default=None, gt=0, description="on average; bursts of a few seconds pass")
+
+
 class FamilyConfig(Settings):
     """One family behind the service."""
 
@@ -128,7 +166,12 @@ class FamilyConfig(Settings):
     variants: list[Identifier] | None = Field(
         default=None, description="variants to serve; the measured frontier and the default one if None"
     )
-    default: Identifier | None = Field(default=None, description="answers when a request pins none")
+    max_disagreement: Share | Literal["exact"] = Field(
+        default=0.01, description="the class of requests that name none, where the family has certified points"
+    )
+    default: Identifier | None = Field(
+        default=None, description="a variant that answers requests that name no class, without a promise"
+    )
 
 
 class ServeConfig(Settings):
@@ -138,9 +181,14 @@ class ServeConfig(Settings):
     replicas: ReplicaConfig = ReplicaConfig()
     batch: BatchConfig = BatchConfig()
     limits: LimitConfig = LimitConfig()
+    gears: GearConfig = GearConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    classes: dict[Identifier, Share] = Field(
+        default={}, description="names that requests may use for a level of disagreement, such as gold: 0.005"
+    )
     routers: int = Field(default=1, ge=1, description="router replicas; they share nothing")
     router_cpus: float = Field(default=1.0, ge=0)
-    api_keys: list[Annotated[str, StringConstraints(min_length=8)]] = Field(default=[], repr=False)
+    api_keys: list[KeyConfig] = Field(default=[], repr=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -152,3 +200,22 @@ class ServeConfig(Settings):
             rest = {key: item for key, item in value.items() if key != "family"}
             return {"families": [{"path": path} for path in str(value["family"]).split(",")], **rest}
         return value
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def bare_keys(cls, value: object) -> object:
+        """A string stands for a key without limits; its name is its place in the list."""
+        if not isinstance(value, list | tuple):
+            return value
+        return [
+            {"key": item, "name": f"key-{place}"} if isinstance(item, str) else item
+            for place, item in enumerate(value, 1)
+        ]
+
+    @model_validator(mode="after")
+    def keys_differ(self) -> ServeConfig:
+        for field in ("key", "name"):
+            seen = [getattr(item, field) for item in self.api_keys]
+            if len(set(seen)) < len(seen):
+                raise ValueError(f"two api_keys have the same {field}; give each its own")
+        return self

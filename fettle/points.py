@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from fettle.answers import Floats, confidence
 from fettle.errors import FamilyError
-from fettle.manifest import Gate, Head, OperatingPoint, Step, Task, TaskKind, VariantManifest
+from fettle.family import dump_manifest
+from fettle.manifest import Certificate, Gate, Head, OperatingPoint, Step, Strict, Task, TaskKind, VariantManifest
 from fettle.policy import passes
 from fettle.rows import Exits, Outputs, Row, Rows, in_batches
+from fettle.store import sha256_bytes
 
 # Scores end at 1, so this threshold is never reached.
 NEVER = 2.0
@@ -27,6 +29,11 @@ BATCH_TOKENS = 16_384
 
 # Runs one step on some of the rows: their values [chosen, width], and the stage that answered each, int8 [chosen].
 RunStep = Callable[[Step, NDArray[np.intp]], tuple[Floats, NDArray[np.int8]]]
+
+
+class _Promise(Strict):
+    steps: list[Step]
+    certificate: Certificate
 
 
 class Runs(Protocol):
@@ -55,6 +62,11 @@ def choose_point(points: Iterable[OperatingPoint], max_disagreement: float) -> O
     """
     admissible = [point for point in points if point.certificate.alpha <= max_disagreement]
     return min(admissible, key=lambda point: (point.expected_cpu_ms, point.certificate.alpha), default=None)
+
+
+def fingerprint(point: OperatingPoint) -> str:
+    """Hex SHA-256 of how the point answers and of what is certified about it; a new certificate is another one."""
+    return sha256_bytes(dump_manifest(_Promise(steps=point.steps, certificate=point.certificate)))
 
 
 def whole(variant: VariantManifest) -> tuple[Step]:
