@@ -12,7 +12,6 @@ from rich.table import Table
 
 from benchmarks.meter import CpuWindow
 from benchmarks.offline import Offline
-from benchmarks.systems import System
 
 WARN_OTHERS = 0.05
 
@@ -23,6 +22,8 @@ class Figures:
 
     `cpu_s`: CPU seconds of the whole server a good reply. `bad`: replies that were not 200. `others`: the share of
     the machine's CPU that neither the server nor the client used; above some percent the row is not to be trusted.
+    Of the checks, `lowest_cosine` is for vectors and `changed`, the share of other answers than the reference's, for
+    labels.
     """
 
     system: str
@@ -36,10 +37,11 @@ class Figures:
     bad: int
     client_cpu_s: float
     others: float
-    lowest_cosine: float
+    lowest_cosine: float | None = None
+    changed: float | None = None
 
     @classmethod
-    def of(cls, system: System, connections: int, report: Mapping[str, Any], cpu: CpuWindow, cosine: float) -> Figures:
+    def of(cls, name: str, connections: int, report: Mapping[str, Any], cpu: CpuWindow, *, is_peer: bool) -> Figures:
         """From a report of `benchmarks.load` and the CPU seconds of its window.
 
         Raises:
@@ -51,8 +53,8 @@ class Figures:
         if report["checked"]["problems"]:
             raise ValueError(report["checked"]["problems"][0])
         return cls(
-            system.name,
-            system.is_peer,
+            name,
+            is_peer,
             connections,
             report["rps"],
             report["p50_ms"],
@@ -62,7 +64,6 @@ class Figures:
             report["requests"] - good,
             report["client_cpu_s"],
             max(0.0, cpu.machine_s - cpu.server_s - report["client_cpu_s"]) / (cpu.cores * report["window_s"]),
-            cosine,
         )
 
 
@@ -93,7 +94,8 @@ def _merge(group: Sequence[Figures]) -> Figures:
         others=max(row.others for row in group),
         requests=sum(row.requests for row in group),
         bad=sum(row.bad for row in group),
-        lowest_cosine=min(row.lowest_cosine for row in group),
+        lowest_cosine=min((row.lowest_cosine for row in group if row.lowest_cosine is not None), default=None),
+        changed=max((row.changed for row in group if row.changed is not None), default=None),
     )
 
 
@@ -139,7 +141,7 @@ def _served_table(rows: Sequence[Figures], limits: Mapping[str, Offline]) -> Tab
         "CPU ms/req",
         "x best peer",
         "of limit",
-        "cosine",
+        "cosine" if any(row.lowest_cosine is not None for row in rows) else "changed",
         "not 200",
         "others",
     )
@@ -156,11 +158,17 @@ def _served_table(rows: Sequence[Figures], limits: Mapping[str, Offline]) -> Tab
             f"{row.cpu_s * 1000:.1f}",
             f"{row.rps / peer:.2f}" if peer else "",
             f"{row.rps / limit.rows_per_second:.0%}" if limit else "",
-            f"{row.lowest_cosine:.4f}",
+            _checked(row),
             str(row.bad),
             f"{row.others:.0%}",
         )
     return table
+
+
+def _checked(row: Figures) -> str:
+    if row.lowest_cosine is not None:
+        return f"{row.lowest_cosine:.4f}"
+    return "" if row.changed is None else f"{row.changed:.2%}"
 
 
 def _limit_table(limits: Mapping[str, Offline]) -> Table:

@@ -3,9 +3,10 @@
 Each system is started, asked for some vectors that are compared with the fp32 reference, warmed up, measured at each
 number of connections, and stopped before the next one starts. Beside the served figures stands the offline limit of
 Fettle's bare engines. A system that fails, or that answers wrongly, is reported as failed and the others go on; the
-exit status is then 1.
+exit status is then 1. Vectors are the default; `--task classify` is `benchmarks.classify_serving`.
 
     python -m benchmarks.encoder_serving --family build/family-embeddings --seconds 20
+    python -m benchmarks.encoder_serving --task classify --family build/sections-standard --model MODEL
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from benchmarks import classify_serving
 from benchmarks.comparison import Figures, as_object, median_limit, medians, print_tables
 from benchmarks.load import TEXTS, LoadPlan, run_apart
 from benchmarks.machine import describe_machine, machine_lines
@@ -98,7 +100,8 @@ class Run:
             for connections in self.options.connections:
                 meter = Meter(server)
                 report = run_apart(self.plan(spec.url, system.model, connections), meter.read)
-                rows.append(Figures.of(system, connections, report, meter.window(self.cores), cosine))
+                found = Figures.of(system.name, connections, report, meter.window(self.cores), is_peer=system.is_peer)
+                rows.append(replace(found, lowest_cosine=cosine))
         return rows
 
     def plan(self, url: str, model: str, connections: int) -> LoadPlan:
@@ -133,6 +136,8 @@ def main() -> None:
     machine = describe_machine()
     if not options.json:
         print("\n".join(machine_lines(machine)))
+    if options.task == "classify":
+        sys.exit(classify(options, machine))
     model = options.model or demo_model()
     family = options.family or make_family(model)
     texts = shuffled(read_texts(options.texts), options.seed)
@@ -147,12 +152,25 @@ def main() -> None:
     sys.exit(1 if run.failed else 0)
 
 
+def classify(options: argparse.Namespace, machine: dict[str, Any]) -> int:
+    """The comparison of classifiers; returns the exit status."""
+    report = classify_serving.run(options, machine["cores"], say)
+    if not options.json:
+        print_tables([Figures(**row) for row in report["results"]], {}, report["failed"])
+        classify_serving.print_report(report)
+    kept = settings(options) | {"family": options.family.name, "classes": options.classes}
+    print(json.dumps({"benchmark": "encoder_serving classify", "hardware": machine, "settings": kept} | report))
+    return 1 if report["failed"] or report["broken"] else 0
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.encoder_serving", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--family", type=Path, help=f"an embedding family; by default one is made in {FAMILY}")
+    parser.add_argument("--task", choices=("embed", "classify"), default="embed")
+    parser.add_argument("--family", type=Path, help=f"by default an embedding family is made in {FAMILY}")
     parser.add_argument("--model", type=Path, help="the family's model, for the peers; by default the demo's encoder")
+    parser.add_argument("--classes", type=classes, default="exact,0.005,0.01,0.02,0.05", help="with --task classify")
     parser.add_argument("--texts", type=Path, default=TEXTS, help="JSONL with a field `text`, may be gzipped")
     parser.add_argument("--connections", type=integers, default="1,8,64")
     parser.add_argument("--seconds", type=float, default=20.0, help="of every measured window")
@@ -164,11 +182,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--variants", type=names, default=VARIANTS, help="of the family; empty for none")
     parser.add_argument("--offline-rows", type=int, default=1024, help="texts that the bare engines run over")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.task == "classify" and (options.family is None or (options.peers and options.model is None)):
+        parser.error("--task classify needs --family, and --model for the peers")
+    return options
 
 
 def names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def classes(text: str) -> list[float | str]:
+    return [name if name == "exact" else float(name) for name in names(text)]
 
 
 def integers(text: str) -> list[int]:

@@ -8,10 +8,9 @@ server that it measures.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,30 +94,30 @@ class ReplyParser:
 class Connection(asyncio.Protocol):
     """A keep-alive connection that says when it is ready, what came back, and when it is lost.
 
-    `on_ready(connection)`: it may send. `on_reply(started, reply)`: `started` is what `send` was given; `reply` is
+    `on_ready(connection)`: it may send. `on_reply(ticket, reply)`: `ticket` is what `send` was given; `reply` is
     None if the connection broke before the reply was whole. `on_lost(connection)` comes once, at the end.
     """
 
     def __init__(
         self,
         on_ready: Callable[[Connection], None],
-        on_reply: Callable[[float, Reply | None], None],
+        on_reply: Callable[[Any, Reply | None], None],
         on_lost: Callable[[Connection], None],
     ) -> None:
         self._on_ready, self._on_reply, self._on_lost = on_ready, on_reply, on_lost
         self._parser = ReplyParser()
         self._transport: asyncio.Transport | None = None
-        self._started: float | None = None
+        self._ticket: Any = None
 
     @property
     def is_open(self) -> bool:
         return self._transport is not None
 
-    def send(self, request: bytes, started: float | None = None) -> None:
-        """Write one request; its latency counts from `started` (now if None), on the clock of `perf_counter`."""
-        if self._transport is None or self._started is not None:
+    def send(self, request: bytes, ticket: Any) -> None:
+        """Write one request; `ticket`, which is not None, comes back with its reply."""
+        if self._transport is None or self._ticket is not None:
             raise RuntimeError("send() on a connection that is not ready")
-        self._started = time.perf_counter() if started is None else started
+        self._ticket = ticket
         self._transport.write(request)
 
     def close(self) -> None:
@@ -131,7 +130,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         reply = self._parser.feed(data)
-        if reply is None or self._started is None:
+        if reply is None or self._ticket is None:
             return
         self._answer(reply)
         if reply.headers.get(b"connection", b"").lower() == b"close":
@@ -141,11 +140,11 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._transport = None
-        if self._started is not None:
+        if self._ticket is not None:
             self._answer(self._parser.finish())
         self._on_lost(self)
 
     def _answer(self, reply: Reply | None) -> None:
-        started, self._started = self._started, None
-        if started is not None:
-            self._on_reply(started, reply)
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            self._on_reply(ticket, reply)

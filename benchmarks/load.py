@@ -2,11 +2,13 @@
 
 Closed loop (`--connections`), for throughput and latency at a given concurrency; or open loop (`--rate`), for
 overload, with latency from the time a request was due, so that a stalled server cannot hide its stalls by slowing
-the client down. Replies are not decoded while the clock runs, except a sample afterwards. It starts no server and
-measures no server's CPU.
+the client down. A stream may hold several flows: quality classes, keys, deadlines, each with its own part of the
+requests or its own rate over time. Replies are not decoded while the clock runs, except a sample afterwards. It starts
+no server and measures no server's CPU.
 
     python -m benchmarks.load --url http://127.0.0.1:8000/v1/embeddings --model minilm --connections 8
-    python -m benchmarks.load --url http://127.0.0.1:8000/v1/embeddings --model minilm --rate 300 --seconds 30
+    python -m benchmarks.load --url http://127.0.0.1:8000/classify --kind classify --model sections --rate 300
+        --flow '{"tag": "exact", "share": 1, "max_disagreement": "exact"}' --flow '{"tag": "1 %", "share": 4}'
 """
 
 from __future__ import annotations
@@ -14,40 +16,67 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
-import math
+import random
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from benchmarks.pool import LOST, ClosedLoop, OpenLoop, Recorder, Sample, constant_gaps, poisson_gaps
-from benchmarks.traffic import KINDS, Kind, encode_all, read_answer, read_texts, shuffled
+import numpy as np
+
+from benchmarks.arrivals import Arrivals, merged, scaled, steady
+from benchmarks.pool import ClosedLoop, OpenLoop
+from benchmarks.samples import Recorder, Samples, quantiles, summarize
+from benchmarks.traffic import KINDS, Flow, Kind, Request, encode_flows, read_answer, read_texts, shuffled
 
 TEXTS = Path("examples/data/debian-sections.test.jsonl.gz")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What to send and for how long. `rate` (requests a second) makes it an open loop."""
+    """What to send and for how long. `rate` (requests a second) or profiles of the flows make it an open loop.
+
+    `once`: a closed loop that sends every text (the `first` of them) once in each flow and ends; its window is all of
+    it. `keep` names reply headers that go into the samples, which are written to `samples`; `labels` has the answers'
+    labels read too. A sample's `text` is a place in `shuffled(read_texts(texts), seed)`.
+    """
 
     url: str
     model: str
     texts: Path = TEXTS
     kind: Kind = "openai"
+    flows: tuple[Flow, ...] = (Flow(),)
     connections: int = 1
     rate: float | None = None
-    arrivals: Literal["constant", "poisson"] = "poisson"
+    arrivals: Arrivals = "poisson"
     seconds: float = 10.0
     warm_up: float = 2.0
     drain: float = 30.0
     seed: int = 0
     check: int = 4
     headers: tuple[str, ...] = ()
+    once: bool = False
+    first: int | None = None
+    keep: tuple[str, ...] = ()
+    labels: bool = False
+    samples: Path | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> LoadPlan:
+        fields = json.loads(text)
+        flows = tuple(_flow(flow) for flow in fields["flows"])
+        samples = None if fields["samples"] is None else Path(fields["samples"])
+        plain = {name: tuple(fields[name]) for name in ("headers", "keep")}
+        return cls(**fields | plain | {"texts": Path(fields["texts"]), "flows": flows, "samples": samples})
+
+    @property
+    def is_open(self) -> bool:
+        return self.rate is not None or any(flow.profile for flow in self.flows)
 
 
 def ignore(_: str) -> None:
@@ -56,46 +85,40 @@ def ignore(_: str) -> None:
 
 async def run(plan: LoadPlan, on_window: Callable[[str], None] = ignore) -> dict[str, Any]:
     """Run the plan in this process; `on_window` hears "open" and "closed" as the measured window begins and ends."""
-    texts = shuffled(read_texts(plan.texts), plan.seed)
-    requests = encode_all(plan.url, plan.kind, plan.model, texts, plan.headers)
-    recorder = Recorder(plan.check)
+    texts = shuffled(read_texts(plan.texts), plan.seed)[: plan.first]
+    requests = encode_flows(plan.url, plan.kind, plan.model, texts, plan.flows, plan.headers)
+    recorder = Recorder(plan.check, plan.keep, labels=plan.labels)
     loop = _loop(plan, requests, recorder)
     gc.disable()  # a collection over many samples would be charged to the server's p99
+    started = time.perf_counter()
+    epoch = time.time()
     loop.start()
-    await asyncio.sleep(plan.warm_up)
+    await asyncio.sleep(0 if plan.once else plan.warm_up)
     on_window("open")
     opened, cpu = time.perf_counter(), time.process_time()
-    await asyncio.sleep(plan.seconds)
+    if plan.once and isinstance(loop, ClosedLoop):
+        await loop.done.wait()
+    else:
+        await asyncio.sleep(plan.seconds)
     closed, cpu = time.perf_counter(), time.process_time() - cpu
     on_window("closed")
     if isinstance(loop, OpenLoop):
         await loop.drain(plan.drain)
-        inside = [s for s in recorder.samples if opened <= s.started < closed]
     else:
-        inside = [s for s in recorder.samples if opened <= s.ended < closed]
         loop.stop()
-    report = summarize(inside, closed - opened) | {"client_cpu_s": round(cpu, 3)}
+    seen = recorder.samples([flow.tag for flow in plan.flows], opened, epoch + opened - started)
+    window = closed - opened
+    counted = seen.due if isinstance(loop, OpenLoop) else seen.ended
+    # What the first connection sent before the window of `once` was open belongs to it too.
+    inside = seen.where((counted >= (-1.0 if plan.once else 0.0)) & (counted < window))
+    if plan.samples is not None:
+        inside.save(plan.samples)
+    report = summarize(inside, window) | {"client_cpu_s": round(cpu, 3)}
+    if len(plan.flows) > 1:
+        report["flows"] = {flow.tag: summarize(inside.where(inside.of(flow.tag)), window) for flow in plan.flows}
     if isinstance(loop, OpenLoop):
-        report["send_lag_p99_ms"] = _quantiles(loop.lags)["p99_ms"]
+        report["send_lag_p99_ms"] = quantiles(1000 * np.array(loop.lags, np.float64))["p99_ms"]
     return report | {"checked": _check(plan.kind, recorder.bodies)}
-
-
-def summarize(samples: Sequence[Sample], window_s: float) -> dict[str, Any]:
-    """Counts by status, good replies a second, latency of the good and of the refused (429) ones in ms."""
-    good = [s for s in samples if s.status == 200]
-    refused = [s for s in samples if s.status == 429]
-    statuses = Counter("lost" if s.status == LOST else str(s.status) for s in samples)
-    report: dict[str, Any] = {
-        "requests": len(samples),
-        "statuses": dict(sorted(statuses.items())),
-        "window_s": round(window_s, 3),
-        "rps": round(len(good) / window_s, 2),
-        **_quantiles([s.ended - s.started for s in good]),
-    }
-    if refused:
-        latencies = _quantiles([s.ended - s.started for s in refused])
-        report["refused"] = {"with_retry_after": sum(s.retry_after for s in refused), **latencies}
-    return report
 
 
 def run_apart(plan: LoadPlan, on_window: Callable[[str], None] = ignore) -> dict[str, Any]:
@@ -118,20 +141,44 @@ def run_apart(plan: LoadPlan, on_window: Callable[[str], None] = ignore) -> dict
     return report
 
 
-def _loop(plan: LoadPlan, requests: Sequence[bytes], recorder: Recorder) -> ClosedLoop | OpenLoop:
-    if plan.rate is None:
-        return ClosedLoop(plan.url, requests, plan.connections, recorder)
-    gaps = poisson_gaps(plan.rate, plan.seed) if plan.arrivals == "poisson" else constant_gaps(plan.rate)
-    return OpenLoop(plan.url, requests, gaps, most_connections=1024, recorder=recorder)
+def sampled(plan: LoadPlan, on_window: Callable[[str], None] = ignore) -> tuple[dict[str, Any], Samples]:
+    """`run_apart`, and what the plan's file of samples then holds.
+
+    Raises:
+        RuntimeError: the client failed.
+        ValueError: the plan names no file.
+    """
+    if plan.samples is None:
+        raise ValueError("samples: the plan must name a file for them")
+    return run_apart(plan, on_window), Samples.load(plan.samples)
 
 
-def _quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
-    """Nearest-rank quantiles in ms; None where there is nothing to rank."""
-    ranked = sorted(seconds)
-    ranks = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "max_ms": 1.0}
-    if not ranked:
-        return dict.fromkeys(ranks)
-    return {name: round(1000 * ranked[max(0, math.ceil(q * len(ranked)) - 1)], 3) for name, q in ranks.items()}
+def schedule(plan: LoadPlan, texts: int) -> Iterator[tuple[float, int, int]]:
+    """An open loop's requests in order: second after the start, number of the flow, number of the text."""
+    total = sum(flow.share for flow in plan.flows if not flow.profile)
+    profiles = [flow.profile or scaled(steady(plan.rate or 0.0), flow.share / total) for flow in plan.flows]
+    for number, (at, flow) in enumerate(merged(profiles, plan.arrivals, plan.seed)):
+        yield at, flow, number % texts
+
+
+def _loop(plan: LoadPlan, requests: list[list[Request]], recorder: Recorder) -> ClosedLoop | OpenLoop:
+    texts = len(requests[0])
+    if plan.is_open:
+        due = ((at, requests[flow][text]) for at, flow, text in schedule(plan, texts))
+        return OpenLoop(plan.url, due, most_connections=1024, recorder=recorder)
+    if plan.once:
+        each = iter([request for text in zip(*requests, strict=True) for request in text])
+        return ClosedLoop(plan.url, each, plan.connections, recorder)
+    return ClosedLoop(plan.url, _mixed(plan, requests), plan.connections, recorder)
+
+
+def _mixed(plan: LoadPlan, requests: list[list[Request]]) -> Iterator[Request]:
+    """The texts in turn, for ever, each in a flow that is drawn by the shares."""
+    source = random.Random(plan.seed)
+    shares = [flow.share for flow in plan.flows]
+    for text in itertools.cycle(range(len(requests[0]))):
+        flow = source.choices(range(len(shares)), shares)[0] if len(shares) > 1 else 0
+        yield requests[flow][text]
 
 
 def _check(kind: Kind, bodies: Sequence[bytes]) -> dict[str, Any]:
@@ -145,12 +192,17 @@ def _check(kind: Kind, bodies: Sequence[bytes]) -> dict[str, Any]:
     return {"replies": len(bodies), "problems": problems}
 
 
+def _flow(fields: dict[str, Any]) -> Flow:
+    return Flow(**fields | {"profile": tuple((at, rate) for at, rate in fields.get("profile", ()))})
+
+
 def _parse(arguments: Sequence[str]) -> LoadPlan:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--url", required=True, help="with the path, e.g. http://127.0.0.1:8000/v1/embeddings")
     parser.add_argument("--model", required=True)
     parser.add_argument("--texts", type=Path, default=TEXTS, help="JSONL with a field `text`, may be gzipped")
     parser.add_argument("--kind", choices=KINDS, default="openai", help="shape of the request")
+    parser.add_argument("--flow", action="append", help="JSON with some of tag, share, profile, max_disagreement, ...")
     parser.add_argument("--connections", type=int, default=1, help="closed loop: clients")
     parser.add_argument("--rate", type=float, help="open loop: requests a second")
     parser.add_argument("--arrivals", choices=("constant", "poisson"), default="poisson")
@@ -160,8 +212,13 @@ def _parse(arguments: Sequence[str]) -> LoadPlan:
     parser.add_argument("--seed", type=int, default=0, help="order of the texts, and of Poisson arrivals")
     parser.add_argument("--check", type=int, default=4, help="replies to decode and check after the run")
     parser.add_argument("--header", action="append", default=[], help="`Name: value`; may be repeated")
+    parser.add_argument("--samples", type=Path, help="write every request to this file (.npz)")
+    parser.add_argument("--keep", action="append", default=[], help="a reply header to keep in the samples")
     options = vars(parser.parse_args(arguments))
-    return LoadPlan(headers=tuple(options.pop("header")), **options)
+    given = options.pop("flow")
+    flows = tuple(_flow(json.loads(text)) for text in given) if given else (Flow(),)
+    headers, keep = tuple(options.pop("header")), tuple(options.pop("keep"))
+    return LoadPlan(flows=flows, headers=headers, keep=keep, **options)
 
 
 def _say(message: dict[str, Any]) -> None:
@@ -170,11 +227,7 @@ def _say(message: dict[str, Any]) -> None:
 
 def main() -> None:
     told = sys.argv[1:2] == ["--plan"]  # by run_apart: the plan as JSON, and it wants to hear of the window
-    if told:
-        fields = json.loads(sys.argv[2])
-        plan = LoadPlan(**fields | {"texts": Path(fields["texts"]), "headers": tuple(fields["headers"])})
-    else:
-        plan = _parse(sys.argv[1:])
+    plan = LoadPlan.from_json(sys.argv[2]) if told else _parse(sys.argv[1:])
     work = run(plan, (lambda event: _say({"window": event})) if told else ignore)
     try:
         import uvloop

@@ -7,46 +7,25 @@ process.
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from benchmarks.http1 import Connection, Reply
+from benchmarks.samples import Recorder
+from benchmarks.traffic import Request
 
 RECONNECT_AFTER_S = 0.05
-LOST = 0  # the status of a request whose connection broke, or that was never answered
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One finished request: `started` and `ended` on the clock of `perf_counter`."""
+class Sent:
+    """A request under way; its latency counts from `due`, on the clock of `perf_counter`."""
 
-    started: float
-    ended: float
-    status: int
-    retry_after: bool
-
-
-class Recorder:
-    """Keeps every sample, and the bodies of the first `keep_bodies` good replies with the time they began."""
-
-    def __init__(self, keep_bodies: int) -> None:
-        self.samples: list[Sample] = []
-        self.bodies: list[bytes] = []
-        self._keep = keep_bodies
-
-    def __call__(self, started: float, reply: Reply | None) -> None:
-        ended = time.perf_counter()
-        if reply is None:
-            self.samples.append(Sample(started, ended, LOST, False))
-            return
-        self.samples.append(Sample(started, ended, reply.status, b"retry-after" in reply.headers))
-        if reply.status == 200 and len(self.bodies) < self._keep:
-            self.bodies.append(reply.body)
+    due: float
+    request: Request
 
 
 class Pool:
@@ -56,7 +35,7 @@ class Pool:
         self,
         url: str,
         on_ready: Callable[[Connection], None],
-        on_reply: Callable[[float, Reply | None], None],
+        on_reply: Callable[[Sent, Reply | None], None],
         on_lost: Callable[[Connection], None] | None = None,
     ) -> None:
         parts = urlsplit(url)
@@ -106,12 +85,18 @@ class Pool:
 
 
 class ClosedLoop:
-    """`connections` clients that each send the next request as soon as they have the answer to the last one."""
+    """`connections` clients that each send the next request as soon as they have the answer to the last one.
 
-    def __init__(self, url: str, requests: Sequence[bytes], connections: int, recorder: Recorder) -> None:
-        self._requests = itertools.cycle(requests)
+    `done` is set when the requests have come to an end, if they ever do, and every one of them has ended too.
+    """
+
+    def __init__(self, url: str, requests: Iterator[Request], connections: int, recorder: Recorder) -> None:
+        self._requests = requests
         self._connections = connections
-        self._pool = Pool(url, self._send, recorder)
+        self._recorder = recorder
+        self._flying = 0
+        self._pool = Pool(url, self._send, self._answered)
+        self.done = asyncio.Event()
 
     def start(self) -> None:
         self._pool.open(self._connections)
@@ -121,32 +106,41 @@ class ClosedLoop:
         self._pool.close()
 
     def _send(self, connection: Connection) -> None:
-        connection.send(next(self._requests))
+        request = next(self._requests, None)
+        if request is not None:
+            self._flying += 1
+            connection.send(request.data, Sent(time.perf_counter(), request))
+        elif not self._flying:
+            self.done.set()
+
+    def _answered(self, sent: Sent, reply: Reply | None) -> None:
+        self._flying -= 1
+        self._recorder(sent.due, time.perf_counter(), sent.request, reply)
 
 
 class OpenLoop:
     """Requests at given times, whatever the server does; their latency counts from the time they were due.
 
-    A due request takes an idle connection or opens one, up to `most_connections`; beyond that it waits here, and
-    the wait counts. `lags` holds how late each left, in seconds: large ones mean that this client was too slow.
+    `schedule` has requests with their seconds after the start. A due request takes an idle connection or opens one, up
+    to `most_connections`; beyond that it waits here, and the wait counts. `lags` holds how late each left, in seconds:
+    large ones mean that this client was too slow.
     """
 
     def __init__(
-        self, url: str, requests: Sequence[bytes], gaps: Iterator[float], most_connections: int, recorder: Recorder
+        self, url: str, schedule: Iterator[tuple[float, Request]], most_connections: int, recorder: Recorder
     ) -> None:
-        self._requests = itertools.cycle(requests)
-        self._gaps = gaps
+        self._schedule = schedule
         self._most = most_connections
         self._recorder = recorder
         self._idle: list[Connection] = []
-        self._waiting: deque[tuple[float, bytes]] = deque()
+        self._waiting: deque[Sent] = deque()
         self._flying = 0
         self._sender: asyncio.Task[None] | None = None
         self.lags: list[float] = []
         self._pool = Pool(url, self._ready, self._answered, self._lost)
 
     def start(self) -> None:
-        self._sender = asyncio.get_running_loop().create_task(self._send_when_due())
+        self._sender = asyncio.get_running_loop().create_task(self._send_when_due(time.perf_counter()))
 
     async def drain(self, seconds: float) -> None:
         """Send no more; wait for what is owed, and record as lost what is still owed after `seconds`."""
@@ -155,19 +149,17 @@ class OpenLoop:
         give_up = time.perf_counter() + seconds
         while (self._waiting or self._flying) and time.perf_counter() < give_up:
             await asyncio.sleep(0.01)
-        for due, _ in self._waiting:
-            self._recorder(due, None)
+        for sent in self._waiting:
+            self._recorder(sent.due, time.perf_counter(), sent.request, None)
         self._pool.close()
         await asyncio.sleep(0)  # closing reports every request in flight as lost
 
-    async def _send_when_due(self) -> None:
-        due = time.perf_counter()
-        while True:
-            due += next(self._gaps)
-            wait = due - time.perf_counter()
+    async def _send_when_due(self, start: float) -> None:
+        for second, request in self._schedule:
+            wait = start + second - time.perf_counter()
             # Also with nothing to wait for, or a client that is behind would never read a reply.
             await asyncio.sleep(max(wait, 0))
-            self._waiting.append((due, next(self._requests)))
+            self._waiting.append(Sent(start + second, request))
             if self._idle:
                 self._ready(self._idle.pop())
             elif len(self._pool) < self._most:
@@ -177,27 +169,15 @@ class OpenLoop:
         if not self._waiting:
             self._idle.append(connection)
             return
-        due, request = self._waiting.popleft()
-        self.lags.append(time.perf_counter() - due)
+        sent = self._waiting.popleft()
+        self.lags.append(time.perf_counter() - sent.due)
         self._flying += 1
-        connection.send(request, due)
+        connection.send(sent.request.data, sent)
 
-    def _answered(self, started: float, reply: Reply | None) -> None:
+    def _answered(self, sent: Sent, reply: Reply | None) -> None:
         self._flying -= 1
-        self._recorder(started, reply)
+        self._recorder(sent.due, time.perf_counter(), sent.request, reply)
 
     def _lost(self, connection: Connection) -> None:
         if connection in self._idle:
             self._idle.remove(connection)
-
-
-def constant_gaps(rate: float) -> Iterator[float]:
-    """Seconds between requests at `rate` a second."""
-    return itertools.repeat(1 / rate)
-
-
-def poisson_gaps(rate: float, seed: int) -> Iterator[float]:
-    """Exponential gaps: arrivals of independent users at `rate` a second on average."""
-    source = random.Random(seed)
-    while True:
-        yield source.expovariate(rate)

@@ -26,7 +26,8 @@ STOP_S = 40.0  # more than the keeper's own patience
 class ServerSpec:
     """How to start a server and how to tell that it answers.
 
-    `probe` is a whole JSON body that is posted to `url` until the reply is a 200. `environment` is added to ours.
+    `probe` is a whole JSON body that is posted to `url`, with `headers`, until the reply is a 200. `environment` is
+    added to ours.
     """
 
     command: Sequence[str]
@@ -35,6 +36,7 @@ class ServerSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     directory: Path | None = None
     start_s: float = 180.0
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Server:
@@ -79,12 +81,18 @@ class Server:
         keeper = psutil.Process(self._keeper.pid)
         return sum(map(_spent, [keeper, *keeper.children(recursive=True)]))
 
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Those of the server whose command line begins with `title`, as Ray's do with what they are."""
+        if self._keeper is None:
+            raise RuntimeError("processes() of a server that is not running")
+        return [p for p in psutil.Process(self._keeper.pid).children(recursive=True) if _title(p).startswith(title)]
+
     def _wait_until_ready(self, keeper: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self._spec.start_s
         while time.monotonic() < deadline:
             if keeper.poll() is not None:
                 raise RuntimeError(f"the server ended with status {keeper.returncode}:\n{self._tail()}")
-            if _answers(self._spec.url, self._spec.probe):
+            if _answers(self._spec):
                 return
             time.sleep(0.5)
         raise RuntimeError(f"no answer from {self._spec.url} in {self._spec.start_s:g} s:\n{self._tail()}")
@@ -108,8 +116,9 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
 
 
-def _answers(url: str, probe: bytes) -> bool:
-    request = urllib.request.Request(url, probe, {"Content-Type": "application/json"})
+def _answers(spec: ServerSpec) -> bool:
+    headers = {"Content-Type": "application/json", **spec.headers}
+    request = urllib.request.Request(spec.url, spec.probe, headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as reply:
             return bool(reply.status == 200)
@@ -124,6 +133,13 @@ def _spent(process: psutil.Process) -> float:
     except psutil.NoSuchProcess:
         return 0.0  # it ended since we listed it; its parent's children_* hold it
     return float(times.user + times.system + times.children_user + times.children_system)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def _kill_tree(keeper: subprocess.Popen[bytes]) -> None:

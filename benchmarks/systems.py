@@ -1,4 +1,7 @@
-"""The systems under comparison: how each is started, where it answers, what its model is called there."""
+"""The systems under comparison: how each is started, where it answers, what its model is called there.
+
+Vectors are asked for as OpenAI has them, labels as vLLM has them (`/classify`), which Infinity takes too.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.peers import infinity
 from benchmarks.processes import ServerSpec
 
+Task = Literal["embed", "classify"]
+
+PATHS: dict[Task, str] = {"embed": "/v1/embeddings", "classify": "/classify"}
 ALL_PEERS = ("plain", *(f"infinity-{name}" for name in infinity.SETTINGS))
 PEERS = ("plain", *(f"infinity-{name}" for name in infinity.FASTEST))
 # Serve's start fails on a busy small machine without the first two; the last keeps a benchmark to itself.
@@ -38,14 +45,16 @@ class System:
         return self.variant is None
 
 
-def peer_system(name: str, model: Path, peer_env: Path) -> System:
+def peer_system(name: str, model: Path, peer_env: Path, task: Task = "embed") -> System:
     """A peer by its name in `ALL_PEERS`; Infinity's environment and model files are made first if they are missing."""
     if name == "plain":
-        return System(name, "minilm", lambda port: _plain(model, port))
+        return System(name, "minilm", lambda port: _plain(model, port, task))
     setting = infinity.SETTINGS[name.removeprefix("infinity-")]
     infinity.make_environment(peer_env)
-    prepared = infinity.prepare_model(peer_env, setting, model)
-    return System(name, infinity.SERVED_NAME, lambda port: _infinity(peer_env, setting, prepared, port))
+    prepared = infinity.prepare_model(
+        peer_env, setting, model, infinity.EMBED if task == "embed" else infinity.CLASSIFY
+    )
+    return System(name, infinity.SERVED_NAME, lambda port: _infinity(peer_env, setting, prepared, port, task))
 
 
 def fettle_system(family: Path, family_name: str, variant: str, cores: int) -> System:
@@ -61,18 +70,25 @@ def fettle_system(family: Path, family_name: str, variant: str, cores: int) -> S
     return System(f"fettle {variant}", model, server, variant)
 
 
-def _plain(model: Path, port: int) -> ServerSpec:
-    command = [sys.executable, "-m", "benchmarks.peers.plain_serve", "--model", str(model), "--port", str(port)]
-    return _spec(command, port, "/v1/embeddings", "minilm", PLAIN_ENVIRONMENT)
+def _plain(model: Path, port: int, task: Task) -> ServerSpec:
+    command = [sys.executable, "-m", "benchmarks.peers.plain_serve", "--model", str(model), "--task", task]
+    return _spec([*command, "--port", str(port)], port, PATHS[task], "minilm", PLAIN_ENVIRONMENT)
 
 
-def _infinity(peer_env: Path, setting: infinity.Setting, prepared: Path, port: int) -> ServerSpec:
+def _infinity(peer_env: Path, setting: infinity.Setting, prepared: Path, port: int, task: Task) -> ServerSpec:
     command = infinity.command(peer_env, setting, prepared, port)
-    return _spec(command, port, "/embeddings", infinity.SERVED_NAME, infinity.environment(peer_env, setting))
+    path = "/embeddings" if task == "embed" else "/classify"
+    # It takes a list of texts to classify, and a single text to embed.
+    probe = _probe(infinity.SERVED_NAME, ["Are you there?"] if task == "classify" else "Are you there?")
+    environment = infinity.environment(peer_env, setting)
+    return ServerSpec(command, f"http://127.0.0.1:{port}{path}", probe, environment)
 
 
 def _spec(
     command: Sequence[str], port: int, path: str, model: str, environment: dict[str, str] | None = None
 ) -> ServerSpec:
-    probe = json.dumps({"model": model, "input": "Are you there?"}).encode()
-    return ServerSpec(command, f"http://127.0.0.1:{port}{path}", probe, environment or {})
+    return ServerSpec(command, f"http://127.0.0.1:{port}{path}", _probe(model, "Are you there?"), environment or {})
+
+
+def _probe(model: str, content: str | list[str]) -> bytes:
+    return json.dumps({"model": model, "input": content}).encode()

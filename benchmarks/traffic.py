@@ -9,13 +9,54 @@ import gzip
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-Kind = Literal["openai", "classify", "tei"]
-KINDS: tuple[Kind, ...] = ("openai", "classify", "tei")
+from benchmarks.arrivals import Profile
+
+Kind = Literal["openai", "classify", "classify-list", "tei"]
+KINDS: tuple[Kind, ...] = ("openai", "classify", "classify-list", "tei")
+# The first label of a reply, in the shapes of vLLM, TEI and Infinity; decoding a whole body costs ten times as much.
+LABEL = re.compile(rb'"label":\s*"((?:[^"\\]|\\.)*)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Requests of one sort in a stream: what they ask for, whose they are, and how many there are.
+
+    `share` is this flow's part of the stream, relative to the others'. In an open loop a flow may have a `profile`
+    of its own instead: its rate over time.
+    """
+
+    tag: str = "all"
+    share: float = 1.0
+    profile: Profile = ()
+    max_disagreement: float | str | None = None
+    priority: str | None = None
+    key: str | None = None
+    timeout_s: float | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """What it adds to a body."""
+        asked = {"max_disagreement": self.max_disagreement, "priority": self.priority}
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def headers(self) -> list[str]:
+        lines = [] if self.key is None else [f"Authorization: Bearer {self.key}"]
+        return lines if self.timeout_s is None else [*lines, f"X-Request-Timeout-Seconds: {self.timeout_s:g}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A whole request; `flow` and `text` say which by their numbers."""
+
+    data: bytes
+    flow: int = 0
+    text: int = 0
 
 
 def read_texts(path: Path) -> list[str]:
@@ -32,10 +73,12 @@ def shuffled(texts: Sequence[str], seed: int) -> list[str]:
 
 
 def payload(kind: Kind, model: str, text: str) -> dict[str, Any]:
-    """One text as an OpenAI embeddings request, a vLLM `/classify` request, or a TEI request."""
+    """One text as an OpenAI embeddings request, a vLLM `/classify` request (Infinity takes lists only), or TEI's."""
     match kind:
         case "openai" | "classify":
             return {"model": model, "input": text}
+        case "classify-list":
+            return {"model": model, "input": [text]}
         case "tei":
             return {"inputs": text}
 
@@ -53,8 +96,31 @@ def encode_request(url: str, body: bytes, headers: Sequence[str] = ()) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-def encode_all(url: str, kind: Kind, model: str, texts: Sequence[str], headers: Sequence[str] = ()) -> list[bytes]:
-    return [encode_request(url, json.dumps(payload(kind, model, text)).encode(), headers) for text in texts]
+def encode_flows(
+    url: str, kind: Kind, model: str, texts: Sequence[str], flows: Sequence[Flow], headers: Sequence[str] = ()
+) -> list[list[Request]]:
+    """Every text as a request of every flow: [flow][text]."""
+    return [
+        [
+            Request(
+                encode_request(
+                    url,
+                    json.dumps(payload(kind, model, text) | flow.fields()).encode(),
+                    [*headers, *flow.headers()],
+                ),
+                number,
+                place,
+            )
+            for place, text in enumerate(texts)
+        ]
+        for number, flow in enumerate(flows)
+    ]
+
+
+def first_label(body: bytes) -> str:
+    """The label of a classification reply, or its first one where it ranks them; empty if there is none."""
+    found = LABEL.search(body)
+    return "" if found is None else str(json.loads(b'"' + found[1] + b'"'))
 
 
 def read_answer(kind: Kind, body: bytes) -> list[float]:
@@ -76,8 +142,10 @@ def _numbers(kind: Kind, reply: Any) -> list[float]:
     match kind:
         case "openai":
             return [float(x) for x in reply["data"][0]["embedding"]]
-        case "classify":
-            return [float(x) for x in reply["data"][0]["probs"]]
+        case "classify" | "classify-list":
+            first = reply["data"][0]
+            # Infinity ranks labels with their scores where vLLM has one label and all probabilities.
+            return [float(x["score"]) for x in first] if isinstance(first, list) else [float(x) for x in first["probs"]]
         case "tei":
             # /embed: a list of vectors; /predict: a list of {"label", "score"}, for some clients in one more list.
             first = reply[0]

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SERVED_NAME = "minilm"
+EMBED, CLASSIFY = "feature-extraction", "text-classification"
 PEER_ENV = Path("build/peer-infinity")
 PINS = (
     "infinity-emb[server,torch,optimum]",
@@ -83,8 +84,11 @@ def make_environment(directory: Path) -> None:
         raise
 
 
-def prepare_model(directory: Path, setting: Setting, model: Path) -> Path:
-    """The directory that is to be served: a copy of the checkpoint, or only an int8 ONNX file of it."""
+def prepare_model(directory: Path, setting: Setting, model: Path, task: str = EMBED) -> Path:
+    """The directory that is to be served: a copy of the checkpoint, or only an int8 ONNX file of it.
+
+    `task` is Optimum's name for it.
+    """
     out = (directory / "models" / f"{_fingerprint(model)}-{setting.files}").absolute()
     if out.exists():
         return out
@@ -95,7 +99,7 @@ def prepare_model(directory: Path, setting: Setting, model: Path) -> Path:
         shutil.copytree(model, working, dirs_exist_ok=True)
     else:
         script = Path(__file__).with_name("export_int8.py")
-        line = map(str, [directory / "bin/python", script, model, working, instructions()])
+        line = map(str, [directory / "bin/python", script, model, working, instructions(), task])
         subprocess.run(list(line), check=True, env={**os.environ, **OFFLINE}, stdout=subprocess.DEVNULL)
     return working.rename(out)
 
