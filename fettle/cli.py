@@ -1,7 +1,6 @@
 """The command `fettle`. Each command is one small function that imports what it needs when it runs.
 
-Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 could not do it, 2 wrong
-usage, 130 interrupted.
+What all commands have in common, such as exit codes, is `fettle.console`.
 """
 
 from __future__ import annotations
@@ -11,38 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from fettle import __version__
-from fettle.errors import FettleError, UsageError
+from fettle.console import FAILED, INTERRUPTED, Commands, checked, fail, print_json
+from fettle.errors import FettleError
 
 if TYPE_CHECKING:
-    from fettle.config import Settings
     from fettle.family import Family
     from optimize.progress import Progress
-
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
-
-
-class Commands(TyperGroup):
-    """Turns every foreseen failure of any command into one clear line and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UsageError as error:
-            _fail(error.message, WRONG_USAGE)
-        except FettleError as error:
-            _fail(error.message, FAILED)
-        except BrokenPipeError:
-            # `fettle show | head`: the reader has seen enough.
-            raise typer.Exit(FAILED) from None
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}", FAILED)
-        except KeyboardInterrupt:
-            _fail("interrupted", INTERRUPTED)
-
 
 app = typer.Typer(
     cls=Commands,
@@ -120,7 +95,7 @@ def optimize(
     given = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     from fettle.config import OptimizeConfig
 
-    config = _checked(
+    config = checked(
         OptimizeConfig,
         model=model,
         out=out,
@@ -148,7 +123,7 @@ def optimize(
     try:
         family = run(config, progress)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from here", INTERRUPTED)
+        fail("interrupted; the same command goes on from here", INTERRUPTED)
     _print_family(family, as_json)
     if not as_json:
         typer.echo(f"\nThe family is in {out}. Serve it with: fettle serve {out}", err=True)
@@ -178,7 +153,7 @@ def verify(directory: FamilyArgument, as_json: JsonOption = False) -> None:
     except FettleError as error:
         problems = [error.message]
     if as_json:
-        _print_json({"intact": not problems, "problems": problems})
+        print_json({"intact": not problems, "problems": problems})
     elif not problems:
         typer.echo(f"{directory}: intact")
     else:
@@ -236,7 +211,7 @@ def report(
 
     path = write_report(Family.open(directory))
     if as_json:
-        _print_json({"report": str(path)})
+        print_json({"report": str(path)})
     else:
         typer.echo(path)
     if open_it:
@@ -276,7 +251,7 @@ def serve(
     from fettle.config import ServeConfig
     from fettle.machine import usable_cores
 
-    config = _checked(
+    config = checked(
         ServeConfig,
         families=[{"path": str(path), "variants": variant or None, "default": default} for path in families],
         replicas={
@@ -294,6 +269,39 @@ def serve(
         _print_welcome(url, config)
         wait_for_signal()
         typer.echo("stopping ...", err=True)
+
+
+@app.command()
+def recertify(
+    directory: FamilyArgument,
+    point: Annotated[
+        str | None, typer.Option(help="The operating point; by default the one that is revoked, or the only one.")
+    ] = None,
+    max_disagreement: Annotated[
+        float | None, typer.Option(help="The level to certify; by default the point's own.", show_default=False)
+    ] = None,
+    quality: Annotated[
+        Path | None, typer.Option("--directory", help="Where the monitor keeps its evidence, if not in the family.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The name it is served under, if not the family's own.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Certify an operating point anew, on pairs of answers that a running service collected.
+
+    After an alarm only pairs since then count. A running service takes the new certificate up within seconds. Asking
+    often does no harm: the test holds at all times together.
+
+    Example: `fettle recertify ./family --point within-0.01 --max-disagreement 0.02`
+    """
+    from fettle import display
+    from fettle.recertify import recertify as certify_anew
+
+    made = certify_anew(directory, point=point, max_disagreement=max_disagreement, quality=quality, name=name)
+    if as_json:
+        print_json({**made.point.model_dump(mode="json"), "since_alarm": made.since_alarm})
+    else:
+        typer.echo(display.certificate_in_words(made.point))
+        typer.echo(f"report.html is of before; `fettle report {directory}` writes it again", err=True)
 
 
 @app.command()
@@ -320,7 +328,7 @@ def demo(
     options = DemoOptions(out, port=port, questions=questions, training_rows=training_rows)
     outcomes, levels = run(options, Console(stderr=False))
     figures = {"variants": [asdict(row) for row in outcomes], "levels": [asdict(row) for row in levels]}
-    _print_json({"directory": str(out), "questions": questions, **figures})
+    print_json({"directory": str(out), "questions": questions, **figures})
 
 
 def _print_welcome(url: str, config: Any) -> None:
@@ -337,18 +345,6 @@ def _print_welcome(url: str, config: Any) -> None:
         typer.echo(f"  curl {url}{path}{key} -H 'content-type: application/json' -d '{json}'")
 
 
-def _checked(model: type[Settings], /, **values: Any) -> Any:
-    """A configuration from the command line; what is wrong with it in one line."""
-    from pydantic import ValidationError
-
-    from fettle.family import describe_validation
-
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(describe_validation(error)) from None
-
-
 def _progress() -> Progress:
     from optimize.progress import Progress
 
@@ -359,20 +355,9 @@ def _print_family(family: Family, as_json: bool) -> None:
     from fettle import display
 
     if as_json:
-        _print_json(display.as_json(family))
+        print_json(display.as_json(family))
     else:
         display.print_table(family)
-
-
-def _print_json(value: Any) -> None:
-    import orjson
-
-    sys.stdout.write(orjson.dumps(value).decode() + "\n")
-
-
-def _fail(message: str, status: int) -> None:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,14 @@ def path_in_brief(point: OperatingPoint) -> str:
     return ", then ".join(f"{step.variant} {share}" for step, share in zip(point.steps, shares, strict=True))
 
 
+def certificate_in_words(point: OperatingPoint) -> str:
+    found = point.certificate
+    return (
+        f"{point.id}: at most {found.alpha:.2%} at confidence {1 - found.delta:.0%}; {found.errors:,} errors in "
+        f"{found.rows:,} rows of {found.source}, bound {found.upper_bound:.2%}"
+    )
+
+
 def summary(variant: VariantManifest) -> dict[str, Any]:
     """One variant's row; speeds are at the typical length of the test rows."""
     row: dict[str, Any] = {

@@ -58,6 +58,12 @@ class PassError(FettleError):
     code = "pass_failed"
 
 
+class QualityError(FettleError):
+    """What is known of a family's promises cannot be kept, read, or does not suffice."""
+
+    code = "quality"
+
+
 class BusyError(FettleError):
     """Another run holds the directory."""
 

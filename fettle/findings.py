@@ -37,7 +37,9 @@ class Certificate(Strict):
     """The exact test that bounds an operating point's disagreement with the reference.
 
     With `errors` of `rows` calibration rows answered otherwise, `p_value` = P(Bin(rows, alpha) <= errors), at most
-    `delta` for a certified point; `upper_bound` is the Clopper-Pearson bound at confidence 1 - delta.
+    `delta` for a certified point; `upper_bound` is the Clopper-Pearson bound at confidence 1 - delta. With rows from
+    `traffic` (`fettle.recertify`) both hold whenever they were looked at: `p_value` is 1 over the evidence, and
+    `upper_bound` is `fettle.evidence.bound_at_any_time`.
     """
 
     alpha: float = Field(gt=0, lt=1)
@@ -46,13 +48,15 @@ class Certificate(Strict):
     errors: int = Field(ge=0)
     p_value: float = Field(ge=0, le=1)
     upper_bound: float = Field(ge=0, le=1)
-    batchings: Literal["any", "worst of alone, mixed and full"] = "any"
+    batchings: Literal["any", "worst of alone, mixed and full", "as served"] = "any"
+    source: Literal["calibration", "traffic"] = "calibration"
 
 
 class Outcome(Strict):
     """An operating point tried on `test`. `answered` [step][stage]: share of the rows answered there.
 
-    `cpu_ms_per_row` and `reference_cpu_ms_per_row` (the fp32 ONNX reference) are from one run, same threads.
+    `cpu_ms_per_row` and `reference_cpu_ms_per_row` (the fp32 ONNX reference) are from one run, same threads. `scores`:
+    rows by the score of their answer, in 20 equal bins over [0, 1]; empty where it was not recorded.
     """
 
     rows: int = Field(ge=1)
@@ -63,6 +67,7 @@ class Outcome(Strict):
     reference_cpu_ms_per_row: float = Field(gt=0)
     metric_name: str | None = None
     metric: float | None = None
+    scores: list[int] = []
 
 
 class OperatingPoint(Strict):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fettle import __version__
 from fettle.answers import Floats, disagreements
 from fettle.config import Effort
+from fettle.drift import score_bins
 from fettle.errors import PassError
 from fettle.family import (
     FAMILY_FILE,
@@ -228,6 +229,7 @@ def try_points(
             reference_cpu_ms_per_row=cpu_ms[fallback],
             metric_name=metric_name,
             metric=metric,
+            scores=score_bins(arrays[f"{point.id}.scores"]) if has_scores(task) else [],
         )
         tried.append(point.model_copy(update={"test": outcome}))
     return tried, {point.id: arrays[f"{point.id}.values"] for point in points}

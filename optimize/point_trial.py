@@ -49,7 +49,9 @@ Report = Callable[[float], None]
 
 
 def run_point_trial(folder: Path, report: Report) -> None:
-    """Writes for each contestant `<name>.values` float32 [rows, width], `.steps` and `.stages` int8 [rows]."""
+    """Writes for each contestant `<name>.values` float32 [rows, width], `.steps` and `.stages` int8 [rows], and
+    `.scores` float32 [rows].
+    """
     request = PointRequest.model_validate_json((folder / REQUEST_FILE).read_bytes())
     rows = load_rows(folder / ROWS_FILE)
     options = EngineOptions(device=request.device, threads=request.threads, verify=False)
@@ -79,6 +81,7 @@ def _joined(parts: dict[str, list[Answered]]) -> dict[str, NDArray[np.int8] | Fl
         arrays[f"{name}.values"] = np.concatenate([part.values for part in found])
         arrays[f"{name}.steps"] = np.concatenate([part.steps for part in found])
         arrays[f"{name}.stages"] = np.concatenate([part.stages for part in found])
+        arrays[f"{name}.scores"] = np.concatenate([part.scores for part in found])
     return arrays
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fettle.manifest import Gate, Level, Measurements, OperatingPoint, Tested
+from fettle.manifest import Certificate, Gate, Level, Measurements, OperatingPoint, Tested
 from optimize.report_facts import Facts, Lever, Tried
 from optimize.report_html import (
     Column,
@@ -78,7 +78,7 @@ def _point_columns(facts: Facts) -> list[Column[tuple[float, OperatingPoint]]]:
     columns: list[Column[tuple[float, OperatingPoint]]] = [
         Column("Level", lambda row: at_most(row[0])),
         Column("Certified bound", lambda row: percent(row[1].certificate.upper_bound), "%"),
-        Column("Errors / rows", lambda row: _errors(row[1].certificate.errors, row[1].certificate.rows), "calibration"),
+        Column("Errors / rows", lambda row: _evidence(row[1].certificate), "calibration"),
         Column("Path", lambda row: tag("span", path_in_words(row[1]), class_="prose"), figure=False),
         Column("Cost", lambda row: fixed(row[1].test.cpu_ms_per_row if row[1].test else None), "CPU ms per row"),
         Column("Of the original", lambda row: percent(relative_cost(row[1]), 0), "%, fp32 on ONNX"),
@@ -130,6 +130,12 @@ def _tests(level: Level) -> Html:
 
 def _passed(row: Tested) -> str:
     return "✓ yes" if row.certificate.p_value <= row.certificate.delta else "✗ no"
+
+
+def _evidence(certificate: Certificate) -> str:
+    """Says so where the rows are not those of the split that the column is about."""
+    counted = _errors(certificate.errors, certificate.rows)
+    return counted if certificate.source == "calibration" else f"{counted} of {certificate.source}"
 
 
 def _errors(errors: int, rows: int) -> str:

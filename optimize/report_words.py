@@ -87,8 +87,8 @@ def evidence(facts: Facts) -> str | None:
     found, certificate = point.test, point.certificate
     text = (
         f"A row costs {fixed(found.cpu_ms_per_row)} instead of {fixed(found.reference_cpu_ms_per_row)} CPU ms. "
-        f"{certificate.errors:,} of {certificate.rows:,} calibration rows got another answer than the original gives, "
-        f"and {percent_of(found.disagreement)} of {found.rows:,} test rows that nothing was tuned on"
+        f"{certificate.errors:,} of {certificate.rows:,} {certificate.source} rows got another answer than the "
+        f"original gives, and {percent_of(found.disagreement)} of {found.rows:,} test rows that nothing was tuned on"
     )
     original = next((item.quality.reference_metric for item in facts.measurements), None)
     if found.metric is None or original is None:
