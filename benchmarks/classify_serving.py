@@ -29,7 +29,7 @@ from benchmarks.processes import Server, ServerSpec
 from benchmarks.systems import peer_system
 from benchmarks.traffic import Flow, Kind, read_texts
 from deployments.fastpath import free_port
-from fettle.config import FamilyConfig, MonitorConfig, ReplicaConfig, ServeConfig
+from fettle.config import ServeConfig
 from fettle.family import Family
 from fettle.manifest import Step
 from fettle.points import choose_point, whole
@@ -145,7 +145,7 @@ def run(options: argparse.Namespace, cores: int, say: Callable[[str], None]) -> 
     for name in options.peers:
         _attempt(contest, name, partial(_serve_peer, contest, name))
     with tempfile.TemporaryDirectory() as scratch:
-        config = partial(_config, cores=cores, quality=Path(scratch) / "quality")
+        config = partial(_config, cores=cores, quality=Path(scratch))
         pinned = Ask(f"fettle {INT8}, pinned", f"{family.name}:{INT8}", Flow(), point=INT8)
         _serve_ours(contest, config(options.family, variants=[INT8], default=INT8), [pinned])
         copied = Family.open(escalation)
@@ -180,11 +180,8 @@ def _attempt(contest: Contest, name: str, work: Callable[[], None]) -> None:
 
 
 def _config(family: Path, *, cores: int, quality: Path, **more: Any) -> ServeConfig:
-    return ServeConfig(
-        families=[FamilyConfig(path=str(family), **more)],
-        replicas=ReplicaConfig(min_replicas=cores, max_replicas=cores),
-        monitor=MonitorConfig(directory=str(quality.absolute())),
-    )
+    made = service.config(family, cores, quality)
+    return made.model_copy(update={"families": [made.families[0].model_copy(update=more)]})
 
 
 def _class(family: Family, level: float | str) -> Ask:

@@ -63,7 +63,7 @@ class Figures:
             good,
             report["requests"] - good,
             report["client_cpu_s"],
-            max(0.0, cpu.machine_s - cpu.server_s - report["client_cpu_s"]) / (cpu.cores * report["window_s"]),
+            cpu.others(report),
         )
 
 

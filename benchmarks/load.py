@@ -41,9 +41,10 @@ TEXTS = Path("examples/data/debian-sections.test.jsonl.gz")
 class LoadPlan:
     """What to send and for how long. `rate` (requests a second) or profiles of the flows make it an open loop.
 
-    `once`: a closed loop that sends every text (the `first` of them) once in each flow and ends; its window is all of
-    it. `keep` names reply headers that go into the samples, which are written to `samples`; `labels` has the answers'
-    labels read too. A sample's `text` is a place in `shuffled(read_texts(texts), seed)`.
+    `once`: a closed loop that sends every text (the `first` of them) once in each flow and ends; `requests`: one that
+    ends after so many. Their window is all that they send. `keep` names reply headers that go into the samples, which
+    are written to `samples`; `labels` has the answers' labels read too. A sample's `text` is a place in
+    `shuffled(read_texts(texts), seed)`.
     """
 
     url: str
@@ -61,6 +62,7 @@ class LoadPlan:
     check: int = 4
     headers: tuple[str, ...] = ()
     once: bool = False
+    requests: int | None = None
     first: int | None = None
     keep: tuple[str, ...] = ()
     labels: bool = False
@@ -73,6 +75,11 @@ class LoadPlan:
         samples = None if fields["samples"] is None else Path(fields["samples"])
         plain = {name: tuple(fields[name]) for name in ("headers", "keep")}
         return cls(**fields | plain | {"texts": Path(fields["texts"]), "flows": flows, "samples": samples})
+
+    @property
+    def ends(self) -> bool:
+        """Whether it comes to an end by itself."""
+        return self.once or self.requests is not None
 
     @property
     def is_open(self) -> bool:
@@ -93,10 +100,10 @@ async def run(plan: LoadPlan, on_window: Callable[[str], None] = ignore) -> dict
     started = time.perf_counter()
     epoch = time.time()
     loop.start()
-    await asyncio.sleep(0 if plan.once else plan.warm_up)
+    await asyncio.sleep(0 if plan.ends else plan.warm_up)
     on_window("open")
     opened, cpu = time.perf_counter(), time.process_time()
-    if plan.once and isinstance(loop, ClosedLoop):
+    if plan.ends and isinstance(loop, ClosedLoop):
         await loop.done.wait()
     else:
         await asyncio.sleep(plan.seconds)
@@ -109,8 +116,8 @@ async def run(plan: LoadPlan, on_window: Callable[[str], None] = ignore) -> dict
     seen = recorder.samples([flow.tag for flow in plan.flows], opened, epoch + opened - started)
     window = closed - opened
     counted = seen.due if isinstance(loop, OpenLoop) else seen.ended
-    # What the first connection sent before the window of `once` was open belongs to it too.
-    inside = seen.where((counted >= (-1.0 if plan.once else 0.0)) & (counted < window))
+    # What the first connection sent before such a window was open belongs to it too.
+    inside = seen.where((counted >= (-1.0 if plan.ends else 0.0)) & (counted < window))
     if plan.samples is not None:
         inside.save(plan.samples)
     report = summarize(inside, window) | {"client_cpu_s": round(cpu, 3)}
@@ -169,7 +176,7 @@ def _loop(plan: LoadPlan, requests: list[list[Request]], recorder: Recorder) -> 
     if plan.once:
         each = iter([request for text in zip(*requests, strict=True) for request in text])
         return ClosedLoop(plan.url, each, plan.connections, recorder)
-    return ClosedLoop(plan.url, _mixed(plan, requests), plan.connections, recorder)
+    return ClosedLoop(plan.url, itertools.islice(_mixed(plan, requests), plan.requests), plan.connections, recorder)
 
 
 def _mixed(plan: LoadPlan, requests: list[list[Request]]) -> Iterator[Request]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -16,6 +18,11 @@ class CpuWindow:
     server_s: float
     machine_s: float
     cores: int
+
+    def others(self, report: Mapping[str, Any]) -> float:
+        """The share of the machine that neither the server nor the client took, by the client's report."""
+        spare = self.machine_s - self.server_s - report["client_cpu_s"]
+        return round(max(0.0, float(spare)) / (self.cores * float(report["window_s"])), 4)
 
 
 class Meter:

@@ -37,7 +37,6 @@ from benchmarks.samples import Samples, quantiles
 from benchmarks.seconds import Seconds, by_second, held_until, shifts
 from benchmarks.traffic import Flow
 from deployments.fastpath import free_port
-from fettle.config import FamilyConfig, GearConfig, MonitorConfig, ReplicaConfig, ServeConfig
 from fettle.family import Family
 
 LOG = Path("build/benchmark-logs/ramp.log")
@@ -84,12 +83,7 @@ def run(options: argparse.Namespace, cores: int) -> tuple[float, Ramp, Ramp]:
     """The reference's requests a second, the ramp in all classes, and the ramp of `exact` alone, at one server."""
     name = Family.open(options.family).name
     with tempfile.TemporaryDirectory() as scratch:
-        config = ServeConfig(
-            families=[FamilyConfig(path=str(options.family))],
-            replicas=ReplicaConfig(min_replicas=cores, max_replicas=cores),
-            gears=GearConfig(objective_ms=options.objective_ms),
-            monitor=MonitorConfig(directory=str(Path(scratch, "quality").absolute())),
-        )
+        config = service.config(options.family, cores, Path(scratch), objective_ms=options.objective_ms)
         spec = service.spec(config, free_port(), "/classify", name)
         plan = LoadPlan(spec.url, name, texts=options.texts, kind="classify", seed=options.seed, keep=KEPT, labels=True)
         with Server(spec, LOG) as server:
@@ -107,9 +101,7 @@ def run(options: argparse.Namespace, cores: int) -> tuple[float, Ramp, Ramp]:
                 )
                 meter = Meter(server)
                 report, samples = sampled(open_loop, meter.read)
-                cpu = meter.window(cores)
-                spare = cpu.machine_s - cpu.server_s - report["client_cpu_s"]
-                ramps.append(Ramp(flows, profile, samples, report, max(0.0, spare) / (cores * report["window_s"])))
+                ramps.append(Ramp(flows, profile, samples, report, meter.window(cores).others(report)))
     return capacity, ramps[0], ramps[1]
 
 
@@ -137,7 +129,7 @@ def summarize(
     half = options.seconds / 2
     promises = {EXACT: 0.0} | {percent(level): level for level in options.levels}
     series = [by_second(mixed.samples, flow.tag, int(options.seconds)) for flow in mixed.flows]
-    classes = {}
+    classes: dict[str, dict[str, Any]] = {}
     for found in series:
         mine = mixed.samples.where(mixed.samples.of(found.tag))
         good = mine.where(mine.good)
@@ -164,7 +156,7 @@ def summarize(
         **quantiles(good.ms),
     }
     broken = outside_class(mixed.samples, mixed.flows, reference)
-    broken += above_bound(answers, promises)
+    broken += above_bound(answers, promises, sampled=True)
     for tag, row in classes.items():
         if row["other"]:
             broken.append(f"class {tag}: {row['other']} requests ended in something else than 200, 429 or 504")
@@ -179,7 +171,7 @@ def summarize(
         "capacity_rps": capacity,
         "classes": classes,
         "alone": alone_report,
-        "others": {"mixed": round(mixed.others, 3), "alone": round(alone.others, 3)},
+        "others": {"mixed": mixed.others, "alone": alone.others},
         "send_lag_p99_ms": mixed.report["send_lag_p99_ms"],
         "seconds": [asdict(found) for found in series],
         "broken_promises": broken,

@@ -122,7 +122,9 @@ def _latency(drawing: Drawing, top: float, bottom: float) -> list[Html]:
 
 def _gears(drawing: Drawing, top: float) -> list[Html]:
     """One bar a class; the cheaper the gear, the fuller its colour."""
-    parts = [_text(LEFT - 48, top - 16, "Gear: the fuller the colour, the cheaper the point that answers", "title")]
+    parts: list[Html] = [
+        _text(LEFT - 48, top - 16, "Gear: the fuller the colour, the cheaper the point that answers", "title")
+    ]
     for row, found in enumerate(drawing.classes):
         y = top + 30 * row
         most = max((gear for gear in found.gear if gear is not None), default=0)
@@ -130,9 +132,12 @@ def _gears(drawing: Drawing, top: float) -> list[Html]:
         for start, end, gear in _runs(found.gear):
             strength = 0.12 + 0.48 * (gear / most if most else 0)  # its name must stay legible
             x = drawing.x(start)
-            bar = {"x": f"{x:.1f}", "y": y, "width": f"{drawing.x(end) - x:.1f}", "height": 22}
+            wide, shade = f"{drawing.x(end) - x:.1f}", f"{strength:.2f}"
             point = found.point[start] or "the reference"
-            parts.append(tag("rect", tag("title", f"{point}"), **bar, fill_opacity=f"{strength:.2f}", class_=f"f{row}"))
+            inside = tag("title", point)
+            parts.append(
+                tag("rect", inside, x=f"{x:.1f}", y=y, width=wide, height=22, fill_opacity=shade, class_=f"f{row}")
+            )
             if drawing.x(end) - x > 90:
                 parts.append(tag("text", point, x=f"{x + 6:.1f}", y=y + 15, class_="bar"))
     return parts

@@ -13,11 +13,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from benchmarks.arrivals import Profile
 
+Item = TypeVar("Item")
 Kind = Literal["openai", "classify", "classify-list", "tei"]
 KINDS: tuple[Kind, ...] = ("openai", "classify", "classify-list", "tei")
 # The first label of a reply, in the shapes of vLLM, TEI and Infinity; decoding a whole body costs ten times as much.
@@ -65,9 +66,9 @@ def read_texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in content.splitlines()]
 
 
-def shuffled(texts: Sequence[str], seed: int) -> list[str]:
-    """The same order for every system that is given the same seed."""
-    order = list(texts)
+def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    """The same order for every system that is given the same seed, and for whatever goes with the texts."""
+    order = list(items)
     random.Random(seed).shuffle(order)
     return order
 
