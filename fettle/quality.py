@@ -261,7 +261,8 @@ class QualityStore:
 
     def _number(self, mark: str, family: str, point: str) -> int:
         self._connection.execute(
-            "INSERT OR IGNORE INTO points (fingerprint, family, point) VALUES (?, ?, ?)", (mark, family, point)
+            "INSERT INTO points (fingerprint, family, point) VALUES (?, ?, ?) ON CONFLICT (fingerprint) DO NOTHING",
+            (mark, family, point),
         )
         number: int = self._connection.execute("SELECT number FROM points WHERE fingerprint = ?", (mark,)).fetchone()[0]
         return number
@@ -269,7 +270,7 @@ class QualityStore:
     def _count(self, number: int, pair: Pair) -> bool:
         """False for a pair that is there already."""
         added = self._connection.execute(
-            "INSERT OR IGNORE INTO pairs (point, id, differs, served, at) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO pairs (point, id, differs, served, at) VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
             (number, pair.id, pair.differs, pair.served, pair.at),
         )
         if added.rowcount < 1:
