@@ -159,9 +159,9 @@ def _refusal(point: OperatingPoint, tally: Tally, alpha: float) -> str:
     needed = pairs_needed(errors, rows, alpha, delta)
     aim = f"{alpha:.2%} at confidence {1 - delta:.0%}"
     if needed is not None:
-        takes = f"it takes about {needed:,} for {aim} if errors go on at this rate"
+        takes = f"it takes about {needed:,} for {aim} if it goes on like that"
     else:
         bound = math.ceil(1000 * bound_at_any_time(errors, rows, delta)) / 1000
-        takes = f"at this rate no number of pairs shows {aim}"
+        takes = f"at such a rate no number of pairs shows {aim}"
         takes += f"; they allow --max-disagreement {bound:g}" if bound < 1 else ""
-    return f"{point.id} is not certified: {errors:,} errors in {rows:,} pairs{since}, and {takes}"
+    return f"{point.id} is not certified: {errors:,} of {rows:,} pairs{since} differ, and {takes}"

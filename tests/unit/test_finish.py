@@ -75,6 +75,7 @@ def test_points_are_certified_and_tried_on_test(config: OptimizeConfig) -> None:
         assert (found.rows, found.errors, found.disagreement) == (test, 0, 0.0)
         assert sum(share for step in found.answered for share in step) == pytest.approx(1.0)
         assert [len(step) for step in found.answered] == [len(step.gates) for step in point.steps]
+        assert (len(found.scores), sum(found.scores)) == (20, test)
         assert found.metric_name == "accuracy"
         assert found.cpu_ms_per_row > 0
         assert found.reference_cpu_ms_per_row > 0
