@@ -1,0 +1,197 @@
+"""The monitor: what all routers saw, in one place. Keeps the evidence, latches alarms, and adds up the telemetry.
+
+Each router calls `sync` once a second with its shadow pairs and its counters, and gets back what is to be known by all.
+Pairs are on the disk when it returns, so the monitor can be killed at any moment and knows everything that a router was
+told it knows. Chooses no route: routers leave out what is revoked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from deployments.telemetry import History, merged
+from fettle.config import MonitorConfig
+from fettle.drift import DriftWatch, watch_of
+from fettle.errors import FamilyError
+from fettle.family import FAMILY_FILE, parse_manifest
+from fettle.manifest import FamilyManifest, OperatingPoint
+from fettle.points import fingerprint
+from fettle.quality import Pair, Places, PointState, QualityStore, store_path
+
+logger = logging.getLogger("ray.serve")
+
+# A router that was silent for so long is gone, and so are its queues and its part in the totals.
+FORGET_AFTER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterReport:
+    """What one router has seen: its pairs and places since its last report, its telemetry in total."""
+
+    router: str
+    pairs: tuple[Pair, ...]
+    places: tuple[Places, ...]
+    snapshot: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorReply:
+    """The state of every operating point, and the telemetry of all routers together with its recent history."""
+
+    states: tuple[PointState, ...]
+    live: dict[str, Any]
+
+
+class WatchedFamily:
+    """One family under watch: its points as the file on the disk has them now, their evidence and their drift."""
+
+    def __init__(self, name: str, directory: Path, config: MonitorConfig) -> None:
+        """Raises FamilyError if it cannot be read, QualityError if its evidence cannot be kept."""
+        self.name = name
+        self.points: list[OperatingPoint] = []
+        self._file = directory / FAMILY_FILE
+        self._drift: dict[str, DriftWatch | None] = {}
+        self._read: tuple[int, ...] | None = None
+        self._complained_of: object = None
+        self._store = QualityStore(store_path(directory, name, config.directory), config.delta)
+        try:
+            self._load(_signature(self._file))
+        except BaseException:
+            self._store.close()
+            raise
+
+    def refresh(self) -> None:
+        """Read the family's file again if it changed; one that cannot be read changes nothing."""
+        try:
+            signature = _signature(self._file)
+            if signature != self._read:
+                self._load(signature)
+        except (FamilyError, OSError) as error:
+            # Tried again each time, and said once.
+            if self._complained_of != str(error):
+                logger.warning("%s: the operating points stay as they were: %s", self.name, error)
+            self._complained_of = str(error)
+        else:
+            self._complained_of = None
+
+    def add(self, pairs: list[Pair], places: list[Places]) -> None:
+        """Raises QualityError if the pairs cannot be written; then nothing is counted."""
+        self._store.add(pairs)
+        for seen in places:
+            drift = self._drift.get(seen.fingerprint)
+            if drift is not None:
+                drift.add(seen.answered, seen.scores)
+
+    def states(self) -> tuple[PointState, ...]:
+        verdicts = {mark: None if drift is None else drift.verdict for mark, drift in self._drift.items()}
+        return self._store.states(self.name, self.points, verdicts)
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _load(self, signature: tuple[int, ...]) -> None:
+        points = parse_manifest(self._file, FamilyManifest).points
+        self._store.watch(self.name, points)
+        marks = {fingerprint(point): point for point in points}
+        self._drift = {mark: self._drift.get(mark) or watch_of(point) for mark, point in marks.items()}
+        self.points, self._read = points, signature
+
+
+class Monitor:
+    """Without Ray. Files are read and written by one thread, in order, so that health checks are always answered."""
+
+    def __init__(
+        self, families: Mapping[str, str], config: MonitorConfig, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`families`: the directory of each, by the name under which it is served.
+
+        Raises:
+            FamilyError: a family cannot be read.
+            QualityError: the evidence about one cannot be kept where it should be.
+        """
+        self._families: dict[str, WatchedFamily] = {}
+        try:
+            for name, directory in families.items():
+                self._families[name] = WatchedFamily(name, Path(directory), config)
+        except BaseException:
+            self._close_families()
+            raise
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="monitor")
+        self._routers: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._history = History()
+
+    async def sync(self, report: RouterReport) -> MonitorReply:
+        """Take a router's report in; its pairs are on the disk when this returns.
+
+        Raises:
+            QualityError: they cannot be written. The router keeps them and comes again.
+        """
+        states = await asyncio.get_running_loop().run_in_executor(self._thread, self._record, report)
+        return MonitorReply(states, self._live(report))
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._thread.shutdown)
+        self._close_families()
+
+    def _record(self, report: RouterReport) -> tuple[PointState, ...]:
+        pairs: dict[str, list[Pair]] = {name: [] for name in self._families}
+        places: dict[str, list[Places]] = {name: [] for name in self._families}
+        for pair in report.pairs:
+            if pair.family in pairs:
+                pairs[pair.family].append(pair)
+            else:
+                logger.warning("a pair of %s, which is not watched here, is left out", pair.family)
+        for seen in report.places:
+            if seen.family in places:
+                places[seen.family].append(seen)
+        states: list[PointState] = []
+        for name, family in self._families.items():
+            family.refresh()
+            family.add(pairs[name], places[name])
+            states += family.states()
+        return tuple(states)
+
+    def _live(self, report: RouterReport) -> dict[str, Any]:
+        now = self._clock()
+        self._routers[report.router] = now, report.snapshot
+        self._routers = {
+            name: (at, snapshot) for name, (at, snapshot) in self._routers.items() if now - at <= FORGET_AFTER_S
+        }
+        self._history.add(now, merged({name: snapshot for name, (_, snapshot) in self._routers.items()}))
+        return self._history.view()
+
+    def _close_families(self) -> None:
+        for family in self._families.values():
+            family.close()
+
+
+@serve.deployment(
+    name="Monitor",
+    num_replicas=1,
+    max_ongoing_requests=100,
+    ray_actor_options={"num_cpus": 0},
+    health_check_period_s=2.0,
+)
+class MonitorDeployment:
+    """The monitor as a Serve deployment, one replica, which Serve starts again when it dies."""
+
+    def __init__(self, families: Mapping[str, str], config: MonitorConfig) -> None:
+        self._monitor = Monitor(families, config)
+
+    async def sync(self, report: RouterReport) -> MonitorReply:
+        return await self._monitor.sync(report)
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
