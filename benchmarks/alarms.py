@@ -50,7 +50,8 @@ def replayed(differs: Sequence[bool], alpha: float, delta: float) -> Stops:
 
 def _pairs(directory: Path, point: str) -> list[bool]:
     """From whichever store below the directory has pairs of the point."""
-    question = "SELECT differs FROM pairs JOIN points ON pairs.point = points.number WHERE points.point = ? ORDER BY pairs.number"
+    joined = "pairs JOIN points ON pairs.point = points.number"
+    question = f"SELECT differs FROM {joined} WHERE points.point = ? ORDER BY pairs.number"
     for path in sorted(directory.rglob("*")):
         if not path.is_file() or not path.read_bytes()[:16].startswith(b"SQLite format 3"):
             continue

@@ -102,9 +102,8 @@ def above_bound(found: Mapping[str, Agreement], bounds: Mapping[str, float], *, 
         # P(Bin(rows, bound) >= changed)
         if sampled and bound > 0 and float(bdtrc(changed - 1, rows, bound)) > BY_CHANCE:
             continue
-        broken.append(
-            f"class {tag}: {changed} of {rows} answers changed ({found[tag].share:.2%}), more than the promised {bound:.2%}"
-        )
+        share = found[tag].share
+        broken.append(f"class {tag}: {changed} of {rows} answers changed ({share:.2%}), promised were {bound:.2%}")
     return broken
 
 

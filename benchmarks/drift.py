@@ -57,7 +57,7 @@ POLL_S = 0.2
 
 @dataclass(slots=True)
 class Watch:
-    """Asks `GET /quality` again and again from a thread; `states` are the last ones, `alarms` as each was first seen."""
+    """Asks `GET /quality` again and again in a thread; `states` are the last, `alarms` as each was first seen."""
 
     url: str
     states: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -76,12 +76,16 @@ def _plain(model: Path, port: int, task: Task) -> ServerSpec:
 
 
 def _infinity(peer_env: Path, setting: infinity.Setting, prepared: Path, port: int, task: Task) -> ServerSpec:
-    command = infinity.command(peer_env, setting, prepared, port)
+    command = infinity.command(peer_env, setting, prepared, port, _infinity_task(task))
     path = "/embeddings" if task == "embed" else "/classify"
     # It takes a list of texts to classify, and a single text to embed.
     probe = _probe(infinity.SERVED_NAME, ["Are you there?"] if task == "classify" else "Are you there?")
     environment = infinity.environment(peer_env, setting)
     return ServerSpec(command, f"http://127.0.0.1:{port}{path}", probe, environment)
+
+
+def _infinity_task(task: Task) -> str:
+    return infinity.EMBED if task == "embed" else infinity.CLASSIFY
 
 
 def _spec(

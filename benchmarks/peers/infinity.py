@@ -118,14 +118,17 @@ def instructions() -> str:
     return "avx512" if "avx512f" in flags else "avx2"
 
 
-def command(directory: Path, setting: Setting, model: Path, port: int) -> list[str]:
-    """The server's command line; `model` is what `prepare_model` returned."""
+def command(directory: Path, setting: Setting, model: Path, port: int, task: str = EMBED) -> list[str]:
+    """The server's command line; `model` is what `prepare_model` returned for the task."""
+    # Its warm-up sends a classifier more tokens than the model takes; the ONNX engine then fails instead of cutting.
+    warm_up = ["--no-model-warmup"] if task == CLASSIFY else []
     return [
         str((directory / "bin/infinity_emb").absolute()),
         "v2",
         *("--model-id", str(model)),
         *("--served-model-name", SERVED_NAME),
         *setting.options,
+        *warm_up,
         *("--device", "cpu"),
         # Left alone, the ONNX engine pools by the first token, whatever the model says.
         *("--pooling-method", "mean"),
