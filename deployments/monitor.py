@@ -23,7 +23,7 @@ from fettle.config import MonitorConfig
 from fettle.drift import DriftWatch, watch_of
 from fettle.errors import FamilyError
 from fettle.family import FAMILY_FILE, parse_manifest
-from fettle.manifest import FamilyManifest, OperatingPoint
+from fettle.manifest import FamilyManifest, OperatingPoint, VariantEntry
 from fettle.points import fingerprint
 from fettle.quality import Pair, Places, PointState, QualityStore, store_path
 
@@ -61,6 +61,7 @@ class WatchedFamily:
         self._file = directory / FAMILY_FILE
         self._drift: dict[str, DriftWatch | None] = {}
         self._read: tuple[int, ...] | None = None
+        self._variants: list[VariantEntry] | None = None
         self._complained_of: object = None
         self._store = QualityStore(store_path(directory, name, config.directory), config.delta)
         try:
@@ -70,7 +71,7 @@ class WatchedFamily:
             raise
 
     def refresh(self) -> None:
-        """Read the family's file again if it changed; one that cannot be read changes nothing."""
+        """Read the family's file again if it changed; what cannot be read, or was rebuilt, changes nothing."""
         try:
             signature = _signature(self._file)
             if signature != self._read:
@@ -99,11 +100,15 @@ class WatchedFamily:
         self._store.close()
 
     def _load(self, signature: tuple[int, ...]) -> None:
-        points = parse_manifest(self._file, FamilyManifest).points
+        manifest = parse_manifest(self._file, FamilyManifest)
+        if self._variants is not None and manifest.variants != self._variants:
+            # Routers go on with the old variants, so the alarms that they need are those of the old points.
+            raise FamilyError("the family was rebuilt; restart the service to serve it as it is now")
+        points = manifest.points
         self._store.watch(self.name, points)
         marks = {fingerprint(point): point for point in points}
         self._drift = {mark: self._drift.get(mark) or watch_of(point) for mark, point in marks.items()}
-        self.points, self._read = points, signature
+        self.points, self._read, self._variants = points, signature, manifest.variants
 
 
 class Monitor:

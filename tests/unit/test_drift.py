@@ -159,6 +159,12 @@ def test_a_bin_that_was_empty_counts_much_and_not_infinitely() -> None:
 
 
 def test_scores_by_bin() -> None:
-    assert score_bins(np.array([0.0, 0.049, 0.05, 0.999, 1.0, np.nan, 1.0000001], np.float32)) == [2, 1, *[0] * 16, 0, 3]
+    assert score_bins(np.array([0.0, 0.049, 0.05, 0.999, 1.0, np.nan, 1.0000001], np.float32)) == [
+        2,
+        1,
+        *[0] * 16,
+        0,
+        3,
+    ]
     assert score_bins([]) == [0] * SCORE_BINS
     assert sum(score_bins(np.full(7, np.nan, np.float32))) == 0

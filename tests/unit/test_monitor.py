@@ -22,7 +22,7 @@ from fettle.points import fingerprint
 from fettle.quality import Pair, Places, PointState, QualityStore
 from fettle.recertify import recertify
 from fettle.store import write_atomic
-from tests.fakes import make_fake_family
+from tests.fakes import FakeVariant, make_fake_family
 from tests.unit.test_points import STEP, point
 from tests.unit.test_quality import pairs
 from tests.unit.test_recertify import give
@@ -250,6 +250,18 @@ def test_a_damaged_file_changes_nothing_and_is_said_once(
     write_atomic(directory / "family.json", whole)
     give(directory, [POINT])
     assert sync(watching).states == before[:1]
+
+
+def test_a_family_that_was_rebuilt_is_watched_as_it_was(
+    watching: Monitor, directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = make_fake_family(tmp_path / "other", variants=[FakeVariant("b")]).directory
+    give(other, [point(STEP, 0.3)])
+    (directory / "family.json").write_bytes((other / "family.json").read_bytes())
+    with caplog.at_level(logging.WARNING, "ray.serve"):
+        # The routers still serve the old points, and must hear of the alarm.
+        assert state_of(sync(watching, report(pairs(20, 100)))).status == "revoked"
+    assert "was rebuilt; restart the service" in caplog.text
 
 
 def test_an_unchanged_file_is_not_read(watching: Monitor, monkeypatch: pytest.MonkeyPatch) -> None:
