@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import base64
+import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from numpy.typing import NDArray
-from tokenizers import Encoding
 
-from deployments import border, schemas
+from deployments import border, schemas, shapes
 from deployments.border import ERRORS, Api, BodyReader, reply
-from deployments.router import Inferred, Router, ServedFamily, Target, Tokenized
+from deployments.router import LONGEST_TIMEOUT_S, Asked, Client, Inferred, Router, Tokenized, Wishes
+from deployments.status import Status
+from deployments.walk import Visit
 from fettle import __version__
-from fettle.answers import normalized, probabilities, truncated_vectors
-from fettle.errors import RequestError, UnavailableError
-from fettle.manifest import Head, TaskKind
-from fettle.tokenizer import Text
+from fettle.answers import Floats, normalized, probabilities, truncated_vectors
+from fettle.errors import RequestError
+from fettle.manifest import Task, TaskKind
 
 DESCRIPTION = "Measured variants of transformer encoders, in the request shapes of OpenAI, vLLM and TEI."
 
-Responses = dict[int | str, dict[str, Any]]
 # Path, handler, and what a good reply holds.
 Route = tuple[str, Callable[..., Awaitable[Response]], Any]
 
 
-def build_api(router: Router, api_keys: Sequence[str] = ()) -> Api:
-    """The ASGI application around a router."""
+def build_api(router: Router, clients: Mapping[str, Client] | None = None) -> Api:
+    """The ASGI application around a router; `clients` by their API keys, none for a service that is open to all."""
     endpoints = Endpoints(router)
     direct = {path: handler for path, handler, _ in endpoints.inference}
-    app = Api(direct, api_keys, title="Fettle", version=__version__, description=DESCRIPTION)
+    app = Api(direct, clients or {}, title="Fettle", version=__version__, description=DESCRIPTION)
     endpoints.add_to(app)
+    Status(router).add_to(app)
     border.install_error_handlers(app)
     border.document(app, endpoints.readers)
     return app
@@ -46,28 +45,60 @@ def build_api(router: Router, api_keys: Sequence[str] = ()) -> Api:
 class Answer:
     """What every inference endpoint builds its reply from."""
 
-    target: Target
+    router: str
+    asked: Asked
     tokenized: Tokenized
     inferred: Inferred
 
     @property
+    def task(self) -> Task:
+        return self.asked.family.task
+
+    @property
+    def values(self) -> Floats:
+        return self.inferred.walked.values
+
+    @property
     def model(self) -> str:
-        return f"{self.target.family.name}:{self.target.variant}"
+        """The variant that answered, or the family where several did."""
+        variants = self.inferred.walked.variants
+        name = self.asked.family.name
+        return f"{name}:{variants[0]}" if len(variants) == 1 else name
 
     @property
     def served(self) -> dict[str, Any]:
+        found, walked = self.inferred, self.inferred.walked
         return {
-            "family": self.target.family.name,
-            "variant": self.target.variant,
+            "router": self.router,
+            "family": self.asked.family.name,
+            "class": self.asked.quality.asked,
+            "point": None if found.way.point is None else found.way.name,
+            "bound": "none" if found.way.bound is None else found.way.bound,
+            "variant": ",".join(walked.variants),
+            "stage": ",".join(map(str, walked.stages)),
+            "gear": found.gear,
+            "degraded": found.degraded,
             "truncated": self.tokenized.truncated,
             "tokenize_ms": round(self.tokenized.ms, 3),
-            "queue_ms": round(self.inferred.queue_ms, 3),
-            "infer_ms": round(self.inferred.infer_ms, 3),
+            "queue_ms": round(walked.queue_ms, 3),
+            "infer_ms": round(walked.infer_ms, 3),
         }
 
     @property
+    def fettle(self) -> dict[str, Any]:
+        """The same for the body, with the way of each row where that was asked for."""
+        shown = self.served
+        if self.asked.explain:
+            shown["explain"] = [[_step(visit) for visit in visits] for visits in self.inferred.walked.visits]
+        return shown
+
+    @property
     def headers(self) -> dict[str, str]:
-        return {f"x-fettle-{name.replace('_', '-')}": str(value) for name, value in self.served.items()}
+        return {
+            f"x-fettle-{name.replace('_', '-')}": str(value).lower() if isinstance(value, bool) else str(value)
+            for name, value in self.served.items()
+            if value is not None and value is not False
+        }
 
     @property
     def usage(self) -> dict[str, int]:
@@ -79,7 +110,6 @@ class Endpoints:
 
     def __init__(self, router: Router) -> None:
         self._router = router
-        self._started = int(time.time())
         models = {
             "/v1/embeddings": schemas.EmbeddingsRequest,
             "/classify": schemas.ClassifyRequest,
@@ -101,35 +131,21 @@ class Endpoints:
             ("/tokenize", self.tokenize, schemas.TokenizeReply | list[list[schemas.TeiToken]]),
         ]
 
-    @property
-    def reading(self) -> list[Route]:
-        return [
-            ("/v1/models", self.models, schemas.ModelList),
-            ("/info", self.info, schemas.Info),
-            ("/health", self.health, schemas.State),
-            ("/ready", self.ready, schemas.State),
-        ]
-
     def add_to(self, app: FastAPI) -> None:
         """Register every path, with what it may answer."""
         for path, handler, model in self.inference:
             app.add_api_route(
                 path, handler, methods=["POST"], responses=ERRORS | {200: {"model": model}}, response_class=Response
             )
-        for path, handler, model in self.reading:
-            failures: Responses = {code: ERRORS[code] for code in ((401, 503) if path == "/ready" else (401,))}
-            app.add_api_route(
-                path, handler, methods=["GET"], responses=failures | {200: {"model": model}}, response_class=Response
-            )
 
     async def embeddings(self, request: Request) -> Response:
         """Embeddings as the OpenAI API documents them."""
         body: schemas.EmbeddingsRequest = await self.readers["/v1/embeddings"](request)
-        target = self._router.target(body.model, TaskKind.EMBED)
-        _check_dimensions(target, body.dimensions)
-        answer = await self._answer(target, body.input, max_length=_limit(body.truncate_prompt_tokens))
-        vectors = truncated_vectors(answer.inferred.values, body.dimensions)
-        encode = _as_base64 if body.encoding_format == "base64" else _as_floats
+        asked = self._ask(request, body, TaskKind.EMBED)
+        shapes.check_dimensions(asked.family.task, body.dimensions)
+        answer = await self._answer(asked, body.input, max_length=shapes.length_limit(body.truncate_prompt_tokens))
+        vectors = truncated_vectors(answer.values, body.dimensions)
+        encode = shapes.as_base64 if body.encoding_format == "base64" else shapes.as_floats
         data = [
             {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)
         ]
@@ -138,17 +154,17 @@ class Endpoints:
             "data": data,
             "model": answer.model,
             "usage": answer.usage,
-            "fettle": answer.served,
+            "fettle": answer.fettle,
         }
         return reply(content, answer.headers)
 
     async def classify(self, request: Request) -> Response:
         """Classification as vLLM documents it."""
         body: schemas.ClassifyRequest = await self.readers["/classify"](request)
-        target = self._router.target(body.model, TaskKind.CLASSIFY)
-        answer = await self._answer(target, body.input, max_length=_limit(body.truncate_prompt_tokens))
-        labels = _labels(target)
-        scores = probabilities(answer.inferred.values, target.manifest.task)
+        asked = self._ask(request, body, TaskKind.CLASSIFY)
+        answer = await self._answer(asked, body.input, max_length=shapes.length_limit(body.truncate_prompt_tokens))
+        labels = shapes.labels(answer.task)
+        scores = probabilities(answer.values, answer.task)
         data = [
             {"index": index, "label": labels[int(row.argmax())], "probs": row, "num_classes": len(labels)}
             for index, row in enumerate(scores)
@@ -160,185 +176,112 @@ class Endpoints:
             "model": answer.model,
             "data": data,
             "usage": answer.usage,
-            "fettle": answer.served,
+            "fettle": answer.fettle,
         }
         return reply(content, answer.headers)
 
     async def embed(self, request: Request) -> Response:
         """Embeddings as TEI documents them: a list of vectors."""
         body: schemas.EmbedRequest = await self.readers["/embed"](request)
-        target = self._router.target(body.model, TaskKind.EMBED)
-        _check_dimensions(target, body.dimensions)
-        if not body.normalize and target.manifest.task.normalized:
+        asked = self._ask(request, body, TaskKind.EMBED)
+        shapes.check_dimensions(asked.family.task, body.dimensions)
+        if not body.normalize and asked.family.task.normalized:
             raise RequestError(
                 "normalize: this model's vectors are normalised by the model itself; leave it true", param="normalize"
             )
-        answer = await self._answer(target, body.inputs, truncate=body.truncate is not False)
-        vectors = truncated_vectors(answer.inferred.values, body.dimensions)
+        answer = await self._answer(asked, body.inputs, truncate=body.truncate is not False)
+        vectors = truncated_vectors(answer.values, body.dimensions)
         return reply(normalized(vectors) if body.normalize else vectors, answer.headers)
 
     async def predict(self, request: Request) -> Response:
         """Classification as TEI documents it: scores of all labels, the highest first; pairs allowed."""
         body: schemas.PredictRequest = await self.readers["/predict"](request)
-        target = self._router.target(body.model, TaskKind.CLASSIFY)
-        texts, single = _pairs(body.inputs)
-        answer = await self._answer(target, texts, truncate=body.truncate is not False)
-        values = answer.inferred.values
-        scores = values if body.raw_scores else probabilities(values, target.manifest.task)
-        labels = _labels(target)
+        asked = self._ask(request, body, TaskKind.CLASSIFY)
+        texts, single = shapes.pairs(body.inputs)
+        answer = await self._answer(asked, texts, truncate=body.truncate is not False)
+        scores = answer.values if body.raw_scores else probabilities(answer.values, answer.task)
+        labels = shapes.labels(answer.task)
         ranked = [[{"score": row[i], "label": labels[i]} for i in np.argsort(-row, kind="stable")] for row in scores]
         return reply(ranked[0] if single else ranked, answer.headers)
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids, in vLLM's shape for `prompt` and in TEI's for `inputs`."""
         body: schemas.VllmTokenizeRequest | schemas.TeiTokenizeRequest = await self.readers["/tokenize"](request)
-        family = self._router.target(body.model).family
+        family, _ = self._router.find(body.model)
         if isinstance(body, schemas.VllmTokenizeRequest):
-            return reply(await asyncio.to_thread(_vllm_tokens, family, body))
+            return reply(await asyncio.to_thread(shapes.vllm_tokens, family, body))
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
         self._router.check_inputs(len(texts))
-        return reply(await asyncio.to_thread(_tei_tokens, family, texts, special=body.add_special_tokens))
+        return reply(await asyncio.to_thread(shapes.tei_tokens, family, texts, special=body.add_special_tokens))
 
-    async def models(self) -> Response:
-        """Every family, and every variant as `family:variant`, which pins it."""
-        names = [model for family in self._router.families.values() for model in family.models]
-        cards = [{"id": name, "object": "model", "created": self._started, "owned_by": "fettle"} for name in names]
-        return reply({"object": "list", "data": cards})
-
-    async def info(self) -> Response:
-        """What is served, with the measured figures, and the queues of this router."""
-        families = [_family_info(family) for family in self._router.families.values()]
-        return reply({"version": __version__, "families": families})
-
-    async def health(self) -> Response:
-        """Live: this router answers."""
-        return reply({"status": "ok"})
-
-    async def ready(self) -> Response:
-        """Ready: every family's default variant has a replica that takes work."""
-        for family in self._router.families.values():
-            if not family.batchers[family.default].is_ready:
-                raise UnavailableError(f"{family.name}:{family.default} has no replica that takes work yet")
-        return reply({"status": "ok"})
+    def _ask(self, request: Request, body: schemas.Wished, kind: TaskKind) -> Asked:
+        wishes = Wishes(
+            max_disagreement=_tolerance(request, body.max_disagreement),
+            allow_degraded=body.allow_degraded,
+            priority=body.priority,
+            timeout_s=_timeout_s(request),
+            explain=isinstance(body, schemas.Explained) and body.explain,
+        )
+        return self._router.ask(body.model, kind, wishes, border.client_of(request))
 
     async def _answer(
-        self, target: Target, inputs: Any, *, max_length: int | None = None, truncate: bool = True
+        self, asked: Asked, inputs: Any, *, max_length: int | None = None, truncate: bool = True
     ) -> Answer:
         """`inputs` is a text, texts, pairs, token ids, or lists of them."""
-        texts, ids = _texts_or_ids(inputs)
-        self._router.check_room(target, len(texts or ids))
+        texts, ids = shapes.texts_or_ids(inputs)
+        self._router.check_room(asked, len(texts or ids))
         if texts:
-            tokenized = await self._router.tokenize(target, texts, max_length=max_length, truncate=truncate)
+            tokenized = await self._router.tokenize(asked.family, texts, max_length=max_length, truncate=truncate)
         else:
-            tokenized = self._router.rows_of_ids(target, ids, max_length=max_length, truncate=truncate)
-        return Answer(target, tokenized, await self._router.infer(target, tokenized.rows))
+            tokenized = self._router.rows_of_ids(asked.family, ids, max_length=max_length, truncate=truncate)
+        return Answer(self._router.id, asked, tokenized, await self._router.infer(asked, tokenized))
 
 
-def _texts_or_ids(inputs: Any) -> tuple[list[Text], list[list[int]]]:
-    """One of the two lists is empty. The schema has already made sure of the shape."""
-    if isinstance(inputs, str):
-        return [inputs], []
-    if isinstance(inputs[0], int):
-        return [], [inputs]
-    return ([], inputs) if isinstance(inputs[0], list) else (inputs, [])
+def _tolerance(request: Request, given: float | str | None) -> float | str | None:
+    """The class from the body, else from the header `x-max-disagreement`."""
+    header = request.headers.get("x-max-disagreement")
+    if given is not None or header is None:
+        return given
+    try:
+        value = float(header)
+    except ValueError:
+        return header.strip()
+    if not 0 <= value <= 1:
+        raise RequestError(f"x-max-disagreement: {header!r} is no share from 0 to 1", param="x-max-disagreement")
+    return value
 
 
-def _pairs(inputs: str | list[str] | list[list[str]]) -> tuple[list[Text], bool]:
-    """TEI's nesting: a list of strings is one text or one pair, a list of lists is a batch of them."""
-    if isinstance(inputs, str):
-        return [inputs], True
-    if isinstance(inputs[0], str):
-        return [_text(inputs)], True
-    return [_text(item) for item in inputs], False
-
-
-def _text(item: list[str]) -> Text:
-    return item[0] if len(item) == 1 else (item[0], item[1])
-
-
-def _limit(truncate_prompt_tokens: int | None) -> int | None:
-    if truncate_prompt_tokens in (None, -1):
+def _timeout_s(request: Request) -> float | None:
+    header = request.headers.get("x-request-timeout-seconds")
+    if header is None:
         return None
-    if truncate_prompt_tokens is not None and truncate_prompt_tokens < 2:
-        raise RequestError("truncate_prompt_tokens: must be -1 or at least 2", param="truncate_prompt_tokens")
-    return truncate_prompt_tokens
-
-
-def _check_dimensions(target: Target, dimensions: int | None) -> None:
-    width = target.manifest.task.width
-    if dimensions is not None and dimensions > width:
-        raise RequestError(f"dimensions: {dimensions} asked, the model has {width}", param="dimensions")
-
-
-def _labels(target: Target) -> list[str]:
-    task = target.manifest.task
-    return task.labels if task.head is not Head.REGRESSION or task.labels else ["score"]
-
-
-def _as_floats(vector: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(vector)
-
-
-def _as_base64(vector: NDArray[np.float32]) -> str:
-    return base64.b64encode(np.ascontiguousarray(vector, "<f4").data).decode()
-
-
-def _vllm_tokens(family: ServedFamily, body: schemas.VllmTokenizeRequest) -> dict[str, Any]:
-    encoding = family.tokenizer.pieces(body.prompt, special=body.add_special_tokens)
-    return {
-        "count": len(encoding.ids),
-        "max_model_len": family.tokenizer.spec.max_length,
-        "tokens": encoding.ids,
-        "token_strs": encoding.tokens if body.return_token_strs else None,
-    }
-
-
-def _tei_tokens(family: ServedFamily, texts: Sequence[str], *, special: bool) -> list[list[dict[str, Any]]]:
-    return [_tei_pieces(family.tokenizer.pieces(text, special=special)) for text in texts]
-
-
-def _tei_pieces(encoding: Encoding) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": token,
-            "text": piece,
-            "special": bool(mask),
-            "start": None if mask else start,
-            "stop": None if mask else stop,
-        }
-        for token, piece, mask, (start, stop) in zip(
-            encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
+    try:
+        value = float(header)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= LONGEST_TIMEOUT_S:
+        raise RequestError(
+            f"x-request-timeout-seconds: {header!r} is no number of seconds above 0 and up to {LONGEST_TIMEOUT_S:g}",
+            param="x-request-timeout-seconds",
         )
-    ]
+    return value
 
 
-def _family_info(served: ServedFamily) -> dict[str, Any]:
-    manifest = served.family.manifest
+def _step(visit: Visit) -> dict[str, Any]:
+    """One step of a row's way, for `explain`."""
+    answered, gates = visit.answered, visit.step.gates
+    gate = gates[answered.stage]
+    early = [] if answered.scores is None else answered.scores.tolist()
     return {
-        "name": served.name,
-        "task": manifest.task.kind,
-        "max_length": manifest.tokenizer.max_length,
-        "width": manifest.task.width,
-        "labels": manifest.task.labels,
-        "variants": [_variant_info(Target(served, name)) for name in served.batchers],
-    }
-
-
-def _variant_info(target: Target) -> dict[str, Any]:
-    manifest, measured, stats = target.manifest, target.manifest.measured, target.batcher.stats
-    return {
-        "id": manifest.id,
-        "runtime": manifest.runtime,
-        "precision": manifest.precision,
-        "default": manifest.id == target.family.default,
-        "size_bytes": manifest.size_bytes,
-        "disagreement": measured.quality.disagreement if measured else None,
-        "batch_invariant": measured.batching.invariant if measured else None,
-        "queued": target.batcher.depth,
-        "backlog_s": round(target.batcher.backlog_s, 3),
-        "rows": stats.rows,
-        "batches": stats.batches,
-        "refused": stats.refused,
-        "withdrawn": stats.withdrawn,
-        "retried": stats.retried,
+        "variant": visit.step.variant,
+        "stage": answered.stage,
+        "score": None if math.isnan(visit.score) else visit.score,
+        "threshold": gate.threshold,
+        "temperature": gate.temperature,
+        "taken": visit.taken,
+        "scores": [None if math.isnan(score) else score for score in early],
+        "thresholds": [gate.threshold for gate in gates],
+        "queue_ms": round(answered.queue_ms, 3),
+        "infer_ms": round(answered.infer_ms, 3),
+        "batch_rows": answered.batch_rows,
     }

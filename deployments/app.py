@@ -6,6 +6,7 @@ One deployment for each variant, and the router before them as the ingress.
 # No `from __future__ import annotations` here: Ray reads the annotation of `build`'s argument as a class.
 
 import asyncio
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,15 +19,19 @@ from ray.serve.handle import DeploymentHandle
 from deployments.api import build_api
 from deployments.batcher import Batcher
 from deployments.border import Api
-from deployments.router import Router, ServedFamily
+from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
+from deployments.router import Client, Router
+from deployments.served import ServedFamily
+from deployments.telemetry import Telemetry
 from deployments.variant import ReplicaSlots, Variant, follow_replicas
+from deployments.watch import Watch
 from fettle import latency, policy
 from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig
 from fettle.errors import UsageError
 from fettle.family import Family
+from fettle.limits import KeyLimits
 from fettle.manifest import LatencyTable, VariantManifest
-from fettle.policy import BatchBounds
-from fettle.tokenizer import Tokenizer
+from fettle.scheduling import BatchBounds, Queue
 from workers.engine import EngineOptions
 
 # The router's own bound is the predicted work in its queues; Serve must not queue or refuse before it.
@@ -41,30 +46,42 @@ CALL_MS = 4.5
 class RouterIngress:
     """The router as Serve's ingress. Several replicas share nothing and agree, since they read the same families."""
 
-    def __init__(self, config: ServeConfig, handles: Mapping[str, Mapping[str, DeploymentHandle]]) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        handles: Mapping[str, Mapping[str, DeploymentHandle]],
+        monitor: DeploymentHandle,
+    ) -> None:
         slots: dict[str, ReplicaSlots] = {}
         families = {}
         for settings, (name, family) in zip(config.families, named_families(config).items(), strict=True):
-            families[name] = ServedFamily(
-                name=name,
-                family=family,
-                tokenizer=Tokenizer(family.tokenizer_path, family.manifest.tokenizer),
-                batchers={
-                    variant: make_batcher(
-                        family.variant(variant),
-                        slots.setdefault(deployment_name(name, variant), make_slots(handle, config)),
-                        config,
-                    )
-                    for variant, handle in handles[name].items()
-                },
-                default=settings.default or family.manifest.default,
-            )
-        self._api = build_api(Router(families, config.limits), config.api_keys)
-        self._slots = slots
+            batchers = {
+                variant: make_batcher(
+                    family.variant(variant),
+                    slots.setdefault(deployment_name(name, variant), make_slots(handle, config)),
+                    config,
+                )
+                for variant, handle in handles[name].items()
+            }
+            families[name] = served = ServedFamily.of(settings, name, family, batchers, config.gears)
+            for batcher in batchers.values():
+                batcher.calm = served.is_calm
+
+        async def send(report: RouterReport) -> MonitorReply:
+            reply: MonitorReply = await monitor.sync.remote(report)
+            return reply
+
+        router, telemetry = uuid.uuid4().hex[:8], Telemetry()
+        watch = Watch(router, families, telemetry, send, config.monitor.share)
+        self._api = build_api(
+            Router(families, config.limits, config.classes, telemetry, watch, router), clients_of(config)
+        )
+        self._slots, self._watch = slots, watch
 
     def __serve_build_asgi_app__(self) -> Api:
         following = follow_replicas(self._slots, serve.get_replica_context().app_name)
-        self._following = asyncio.get_running_loop().create_task(following)
+        loop = asyncio.get_running_loop()
+        self._running = [loop.create_task(following), loop.create_task(self._watch.run())]
         return self._api
 
 
@@ -76,7 +93,8 @@ def build(args: ServeConfig) -> Application:
         UsageError: a variant that is not there or not measured; two families of one name.
     """
     handles = {}
-    for settings, (name, family) in zip(args.families, named_families(args).items(), strict=True):
+    families = named_families(args)
+    for settings, (name, family) in zip(args.families, families.items(), strict=True):
         handles[name] = {
             variant: deployment(name, family, variant, args.replicas) for variant in served_variants(settings, family)
         }
@@ -87,7 +105,9 @@ def build(args: ServeConfig) -> Application:
     )
     # Absolute, since Ray's processes have working directories of their own.
     absolute = [family.model_copy(update={"path": str(Path(family.path).resolve())}) for family in args.families]
-    return router.bind(args.model_copy(update={"families": absolute}), handles)
+    directories = {name: settings.path for name, settings in zip(families, absolute, strict=True)}
+    monitor = MonitorDeployment.bind(directories, args.monitor)  # type: ignore[attr-defined]
+    return router.bind(args.model_copy(update={"families": absolute}), handles, monitor)
 
 
 def named_families(config: ServeConfig) -> dict[str, Family]:
@@ -107,14 +127,22 @@ def named_families(config: ServeConfig) -> dict[str, Family]:
 
 
 def served_variants(settings: FamilyConfig, family: Family) -> list[str]:
-    """What the configuration names, or all that is on the measured frontier; the default variant in any case.
+    """What the configuration names, and its default variant; or all that the certified points and `exact` need.
+
+    A family without points has the variants on its measured frontier, the reference and its default variant.
 
     Raises:
-        UsageError: one of them was not measured, so that its costs are unknown.
+        UsageError: one of them was not measured, so that its costs are unknown; or no variant answers by default.
     """
-    default = settings.default or family.manifest.default
-    names = settings.variants if settings.variants is not None else _frontier(family)
-    chosen = list(dict.fromkeys([default, *names]))
+    manifest = family.manifest
+    default = [settings.default] if settings.default else ([] if manifest.points else [manifest.default])
+    if settings.variants is not None:
+        names = settings.variants
+    elif manifest.points:
+        names = [manifest.reference, *(step.variant for point in manifest.points for step in point.steps)]
+    else:
+        names = [manifest.reference, *_frontier(family)]
+    chosen = list(dict.fromkeys([*default, *names]))
     for name in chosen:
         if family.variant(name).measured is None:
             raise UsageError(
@@ -178,10 +206,28 @@ def make_batcher(manifest: VariantManifest, slots: ReplicaSlots, config: ServeCo
     return Batcher(
         slots=slots,
         cost=RowCosts(table, tokens, manifest.tokenizer.max_length),
-        bounds=BatchBounds(rows=bounds.max_rows, tokens=tokens, max_age_s=bounds.max_age_ms / 1000),
+        queue=Queue(BatchBounds(rows=bounds.max_rows, tokens=tokens, max_age_s=bounds.max_age_ms / 1000)),
         max_queue_s=bounds.max_queue_s,
+        max_gap_queue_s=bounds.max_batch_queue_s,
         routers=config.routers,
+        call_s=CALL_MS / 1000,
+        stages=manifest.exits + 1,
     )
+
+
+def clients_of(config: ServeConfig) -> dict[str, Client]:
+    """The holders of API keys; each router enforces its share of their limits."""
+    return {
+        each.key: Client(
+            each.name,
+            each.weight,
+            KeyLimits(
+                None if each.max_concurrent is None else max(1, round(each.max_concurrent / config.routers)),
+                None if each.tokens_per_second is None else each.tokens_per_second / config.routers,
+            ),
+        )
+        for each in config.api_keys
+    }
 
 
 class RowCosts:

@@ -1,8 +1,8 @@
-"""One variant's queue: reserve a replica slot, then fill it with the rows that go well together.
+"""One variant's queue: reserve a replica slot, then fill it with the rows whose turn it is.
 
-Knows no Ray and no HTTP: slots come from a `Slots` object. Every row that was taken in leaves exactly once, with
-a result, an error or because its client left. An idle system adds no wait, since a batch is taken the moment a slot
-is free; under load batches grow by themselves.
+Knows no Ray and no HTTP: slots come from a `Slots` object, and whose turn it is says `fettle.scheduling`. Every row
+that was taken in leaves exactly once, with a result, an error or because its client left. An idle system adds no wait,
+since a batch is taken the moment a slot is free; under load batches grow by themselves.
 """
 
 from __future__ import annotations
@@ -10,26 +10,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fettle import policy
-from fettle.errors import EngineError, FettleError, OverloadedError, UnavailableError
-from fettle.policy import BatchBounds
-from fettle.rows import Outputs, Row, Rows
+from deployments.tickets import Answered, Gates, Leg, Terms, Ticket
+from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
+from fettle.points import NEVER as NO_EXIT
+from fettle.rows import Exits, Outputs, Row, Rows
+from fettle.scheduling import Entry, Priority, Queue, Speed, corrected_pace, retry_after_s
 
 logger = logging.getLogger("ray.serve")
 
 MAX_LOSSES = 5
-# A row lost this often may be the one that kills replicas. It then travels alone, and nothing else is under way
-# meanwhile, since a batch that waits at the same replica would be lost with it.
-SUSPECT_FROM = 3
 RESERVE_AGAIN_S = 0.05
+# Rows below INTERACTIVE look for a gap this often.
+GAP_AGAIN_S = 0.02
 
 
 class SlotLostError(Exception):
@@ -37,7 +36,7 @@ class SlotLostError(Exception):
 
 
 class Slot(Protocol):
-    async def run(self, rows: Rows) -> Outputs:
+    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
         """Raises SlotLostError if the replica is gone, EngineError if it failed on these rows."""
         ...
 
@@ -52,35 +51,9 @@ class Slots(Protocol):
 
 
 class CostModel(Protocol):
-    """Predicted milliseconds of one row of `length` tokens in a well-filled batch."""
+    """Predicted milliseconds of one row of `length` tokens in a well-filled batch, through all stages."""
 
     def row_ms(self, length: int) -> float: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A row's values float32 [width], and where its time went."""
-
-    values: NDArray[np.float32]
-    queue_ms: float
-    infer_ms: float
-    batch_rows: int
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A row in the queue or on its way; `cost_ms` is what the latency table predicts for it."""
-
-    row: Row
-    cost_ms: float
-    arrived: float
-    future: asyncio.Future[Answered]
-    losses: int = 0
-    alone: bool = False
-
-    @property
-    def suspect(self) -> bool:
-        return self.losses >= SUSPECT_FROM
 
 
 @dataclass(slots=True)
@@ -92,100 +65,167 @@ class BatcherStats:
     row_tokens: int = 0
     batch_tokens: int = 0
     refused: int = 0
+    late: int = 0
     withdrawn: int = 0
     retried: int = 0
     infer_ms: float = 0.0
 
 
+def always() -> bool:
+    return True
+
+
 @dataclass(slots=True, eq=False)
 class Batcher:
-    """See the module. All methods run on one event loop."""
+    """See the module. All methods run on one event loop.
+
+    `stages` of the variant. `calm` says whether the rest of the system leaves room for rows below INTERACTIVE.
+    """
 
     slots: Slots
     cost: CostModel
-    bounds: BatchBounds
+    queue: Queue
     max_queue_s: float
+    max_gap_queue_s: float = 60.0
     routers: int = 1
+    call_s: float = 0.0
+    stages: int = 1
+    calm: Callable[[], bool] = always
     stats: BatcherStats = field(default_factory=BatcherStats)
-    _waiting: dict[int, Ticket] = field(default_factory=dict)
-    _work_ms: float = 0.0
     _pace: float = 1.0
     _reserving: bool = False
+    _singles: set[Ticket] = field(default_factory=set)
     _under_way: list[list[Ticket]] = field(default_factory=list)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _again: asyncio.TimerHandle | None = None
+
+    @property
+    def speed(self) -> Speed:
+        """By this router's share of the replicas, corrected by what batches were observed to take."""
+        return Speed(self._pace, max(1, self.slots.replicas) / self.routers, self.call_s)
 
     @property
     def backlog_s(self) -> float:
-        """Predicted time until all that was admitted is done, by this router's share of the replicas."""
-        return policy.drain_s(self._work_ms, self._pace, max(1, self.slots.replicas) / self.routers)
+        """Predicted time until all admitted INTERACTIVE work is done."""
+        return self.speed.seconds(self.queue.work_ms())
 
     @property
     def depth(self) -> int:
-        return len(self._waiting)
-
-    def check_room(self) -> None:
-        """Raises OverloadedError if a request would be refused now; cheap enough to ask before tokenizing."""
-        backlog = self.backlog_s
-        if not policy.admits(backlog, self.max_queue_s):
-            self.stats.refused += 1
-            wait = policy.retry_after_s(backlog, self.max_queue_s)
-            raise OverloadedError(
-                f"the queue holds {backlog:.1f} s of work, the limit is {self.max_queue_s:g} s; retry in {wait} s",
-                retry_after_s=wait,
-            )
-
-    async def answer(self, rows: Sequence[Row]) -> list[Answered]:
-        """Queue all rows of one request and wait for their answers, in order.
-
-        If the caller is cancelled, or one row fails, the rows that still wait leave the queue.
-
-        Raises:
-            EngineError: the engine failed on one of the rows.
-            UnavailableError: no replica survived one of them.
-        """
-        tickets = [self._admit(row) for row in rows]
-        self._reserve_next()
-        try:
-            return list(await asyncio.gather(*(ticket.future for ticket in tickets)))
-        finally:
-            for ticket in tickets:
-                self._withdraw(ticket)
+        return len(self.queue)
 
     @property
     def is_ready(self) -> bool:
         """Whether there is a replica that takes work."""
         return self.slots.replicas > 0
 
-    def _admit(self, row: Row) -> Ticket:
-        ticket = Ticket(row, self.cost.row_ms(len(row)), time.monotonic(), asyncio.get_running_loop().create_future())
-        self._work_ms += ticket.cost_ms
-        ticket.future.add_done_callback(lambda _: self._settle(ticket))
-        self._waiting[id(ticket)] = ticket
-        return ticket
+    def has_room(self, terms: Terms) -> bool:
+        """Whether a request would be admitted now; cheap enough to ask before tokenizing."""
+        limit_s = self.max_queue_s if terms.priority is Priority.INTERACTIVE else self.max_gap_queue_s
+        limit_ms = limit_s * 1000 * self.speed.replicas / self._pace
+        return self.queue.has_room(terms.key, terms.weight, limit_ms, terms.priority)
 
-    def _settle(self, ticket: Ticket) -> None:
-        self._work_ms = max(0.0, self._work_ms - ticket.cost_ms)
+    def overloaded(self, terms: Terms) -> OverloadedError:
+        """The refusal where there is no room; it says when to come back."""
+        self.stats.refused += 1
+        limit_s = self.max_queue_s if terms.priority is Priority.INTERACTIVE else self.max_gap_queue_s
+        backlog = self.speed.seconds(self.queue.work_ms(terms.priority))
+        wait = retry_after_s(backlog, limit_s)
+        return OverloadedError(
+            f"the queue holds {backlog:.1f} s of work, the limit is {limit_s:g} s; retry in {wait} s",
+            retry_after_s=wait,
+        )
+
+    async def answer(self, rows: Sequence[Row], terms: Terms | None = None, leg: Leg | None = None) -> list[Answered]:
+        """Queue rows of one request and wait for their answers, in order.
+
+        If the caller is cancelled, or one row fails, the rows that still wait leave the queue.
+
+        Raises:
+            DeadlineError: they cannot be in time, or could no more when their turn came.
+            EngineError: the engine failed on one of the rows.
+            UnavailableError: no replica survived one of them.
+        """
+        terms = terms or Terms(time.monotonic())
+        leg = leg or Leg()
+        tickets = [self._ticket(row, terms, leg) for row in rows]
+        if not leg.admitted and not self.queue.can_promise(tickets, time.monotonic(), self.speed):
+            self.stats.late += len(tickets)
+            raise DeadlineError("no free capacity answers this before its deadline; allow more time or come back later")
+        for ticket in tickets:
+            ticket.future.add_done_callback(_retrieved)
+            self.queue.push(ticket)
+        self._reserve_next()
+        try:
+            if len(tickets) == 1:
+                return [await tickets[0].future]
+            return list(await asyncio.gather(*(ticket.future for ticket in tickets)))
+        finally:
+            for ticket in tickets:
+                self._withdraw(ticket)
+
+    def _ticket(self, row: Row, terms: Terms, leg: Leg) -> Ticket:
+        deadline = terms.deadline - leg.reserve_s
+        length = len(row)
+        return Ticket(
+            length=length,
+            cost_ms=self.cost.row_ms(length) * leg.share,
+            arrived=terms.arrived,
+            entered=time.monotonic(),
+            due=min(deadline, terms.arrived + self.max_queue_s),
+            deadline=deadline,
+            key=terms.key,
+            weight=terms.weight,
+            priority=terms.priority,
+            row=row,
+            future=asyncio.get_running_loop().create_future(),
+            gates=leg.gates,
+        )
 
     def _withdraw(self, ticket: Ticket) -> None:
-        if self._waiting.pop(id(ticket), None) is not None:
+        if not ticket.future.done():
             self.stats.withdrawn += 1
-        ticket.future.cancel()
+            ticket.future.cancel()
+        if ticket.waiting:
+            # What is under way is settled when its batch is back.
+            self._leave(ticket)
+
+    def _leave(self, ticket: Ticket) -> None:
+        self.queue.settle(ticket)
+        self._singles.discard(ticket)
 
     def _reserve_next(self) -> None:
         """At most one reservation is pending, so that rows stay in the queue, and free to be grouped, till the end."""
-        if self._waiting and not self._reserving and not self._must_wait():
-            self._reserving = True
-            task = asyncio.get_running_loop().create_task(self._serve_one_batch())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if not len(self.queue) or self._reserving or self._must_wait():
+            return
+        if not self.queue.waiting(Priority.INTERACTIVE) and self._lowest() is Priority.INTERACTIVE:
+            self._look_again()
+            return
+        self._reserving = True
+        task = asyncio.get_running_loop().create_task(self._serve_one_batch())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _lowest(self) -> Priority:
+        """Rows below INTERACTIVE go where a replica has nothing to do and the system is calm, and nowhere else."""
+        gap = len(self._under_way) < self.slots.replicas and self.calm()
+        return Priority.SHADOW if gap else Priority.INTERACTIVE
+
+    def _look_again(self) -> None:
+        if self._again is None:
+            self._again = asyncio.get_running_loop().call_later(GAP_AGAIN_S, self._looked)
+
+    def _looked(self) -> None:
+        self._again = None
+        self._reserve_next()
 
     def _must_wait(self) -> bool:
-        """Whether a suspect row is under way, or waits until nothing is."""
+        """Whether a suspect row is under way, or waits until nothing is.
+
+        It travels alone, since a batch that waits at the same replica would be lost with it.
+        """
         if not self._under_way:
             return False
-        return any(batch[0].suspect for batch in self._under_way) or any(
-            ticket.suspect for ticket in self._waiting.values()
-        )
+        return any(batch[0].suspect for batch in self._under_way) or any(ticket.suspect for ticket in self._singles)
 
     async def _serve_one_batch(self) -> None:
         try:
@@ -216,53 +256,73 @@ class Batcher:
     def _take(self) -> list[Ticket]:
         if self._must_wait():
             return []
-        now = time.monotonic()
-        # A client that has just gone is still listed until its own task has run.
-        waiting = [ticket for ticket in self._waiting.values() if not ticket.future.done()]
-        single = next((ticket for ticket in waiting if ticket.suspect or ticket.alone), None)
+        single = next(iter(self._singles), None)
         if single is not None:
+            self._singles.discard(single)
+            self.queue.take_one(single)
             chosen = [single]
         else:
-            lengths = [len(ticket.row) for ticket in waiting]
-            ages = [now - ticket.arrived for ticket in waiting]
-            chosen = [waiting[index] for index in policy.choose_batch(lengths, ages, self.bounds)]
-        for ticket in chosen:
-            del self._waiting[id(ticket)]
+            taken = self.queue.take(time.monotonic(), self.speed, self._lowest())
+            self._refuse_late(taken.late)
+            chosen = [ticket for ticket in taken.batch if isinstance(ticket, Ticket)]
         if chosen:
             self._under_way.append(chosen)
         return chosen
+
+    def _refuse_late(self, late: Iterable[Entry]) -> None:
+        for ticket in late:
+            assert isinstance(ticket, Ticket)
+            self.stats.late += 1
+            self._fail(ticket, DeadlineError("its turn came too late to be answered before its deadline"))
 
     async def _run(self, slot: Slot, batch: list[Ticket]) -> None:
         taken = time.monotonic()
         rows = Rows.of([ticket.row for ticket in batch])
         try:
-            outputs = await slot.run(rows)
+            outputs = await slot.run(rows, self._exits(batch))
         except SlotLostError as error:
             logger.warning("a replica was lost with %d rows: %s", len(batch), error)
+            self._under_way.remove(batch)
             self._lose(batch)
         except EngineError as error:
+            self._under_way.remove(batch)
             self._refuse(batch, error)
         else:
+            self._under_way.remove(batch)
             self._observe(batch, rows, outputs)
             for index, ticket in enumerate(batch):
+                self._leave(ticket)
                 if not ticket.future.done():
-                    waited = (taken - ticket.arrived) * 1000
-                    ticket.future.set_result(Answered(outputs.values[index], waited, outputs.infer_ms, len(batch)))
+                    ticket.future.set_result(_answered(outputs, index, len(batch), (taken - ticket.entered) * 1000))
         finally:
-            self._under_way.remove(batch)
+            if batch in self._under_way:
+                self._under_way.remove(batch)
             # Whatever happened above, cancellation and bugs included, nobody waits for an answer that cannot come.
             for ticket in batch:
-                if id(ticket) not in self._waiting:
+                if not ticket.waiting:
                     self._fail(ticket, FettleError("the batch ended without an answer"))
 
+    def _exits(self, batch: Sequence[Ticket]) -> Exits | None:
+        """A row of thresholds for each row, also where operating points are mixed; None where none can leave early."""
+        if all(ticket.gates is None for ticket in batch):
+            return None
+        never: Gates = (np.full(self.stages - 1, NO_EXIT, np.float32), np.ones(self.stages - 1, np.float32))
+        gates = [ticket.gates or never for ticket in batch]
+        return Exits(
+            thresholds=np.stack([thresholds for thresholds, _ in gates]),
+            temperatures=np.stack([temperatures for _, temperatures in gates]),
+        )
+
     def _observe(self, batch: list[Ticket], rows: Rows, outputs: Outputs) -> None:
-        predicted = sum(ticket.cost_ms for ticket in batch)
-        self._pace = policy.corrected_pace(self._pace, predicted, outputs.infer_ms)
         self.stats.rows += len(batch)
         self.stats.batches += 1
         self.stats.row_tokens += rows.tokens
         self.stats.batch_tokens += rows.longest * len(batch)
         self.stats.infer_ms += outputs.infer_ms
+        # What the monitor runs, mostly while nothing else does, says little about a batch among others.
+        if batch[0].priority is Priority.INTERACTIVE:
+            predicted = sum(ticket.cost_ms for ticket in batch)
+            self._pace = corrected_pace(self._pace, predicted, outputs.infer_ms)
 
     def _lose(self, batch: list[Ticket]) -> None:
         for ticket in batch:
@@ -280,11 +340,34 @@ class Batcher:
         self._put_back(batch)
 
     def _put_back(self, batch: list[Ticket]) -> None:
-        """To the head of the queue, age kept, unless the row has failed or its client has left."""
-        back = {id(ticket): ticket for ticket in batch if not ticket.future.done()}
-        self.stats.retried += len(back)
-        self._waiting = {**back, **self._waiting}
+        """Into the queue, age and deadline kept, unless the row has failed or its client has left."""
+        for ticket in batch:
+            if ticket.future.done():
+                self._leave(ticket)
+                continue
+            self.stats.retried += 1
+            self.queue.push(ticket)
+            if ticket.alone or ticket.suspect:
+                self._singles.add(ticket)
 
     def _fail(self, ticket: Ticket, error: FettleError) -> None:
+        self._leave(ticket)
         if not ticket.future.done():
             ticket.future.set_exception(error)
+
+
+def _answered(outputs: Outputs, index: int, batch_rows: int, queue_ms: float) -> Answered:
+    return Answered(
+        values=outputs.values[index],
+        queue_ms=queue_ms,
+        infer_ms=outputs.infer_ms,
+        batch_rows=batch_rows,
+        stage=0 if outputs.stages is None else int(outputs.stages[index]),
+        scores=None if outputs.scores is None else outputs.scores[index],
+    )
+
+
+def _retrieved(future: asyncio.Future[Answered]) -> None:
+    """Of several rows that fail only one is reported; asyncio need not warn of the others."""
+    if not future.cancelled():
+        future.exception()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from deployments.router import ANYBODY, Client
 from deployments.schemas import ErrorReply
 from fettle.errors import AuthError, FettleError, OverloadedError, RequestError, TooLargeError
 
@@ -23,7 +24,9 @@ Model = TypeVar("Model")
 
 Handler = Callable[[Request], Awaitable[Response]]
 
-OPEN_PATHS = frozenset({"/health"})
+# The page asks for a key itself.
+OPEN_PATHS = frozenset({"/health", "/"})
+CLIENT = "fettle.client"
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorReply, "description": "the request is not right"},
     401: {"model": ErrorReply, "description": "no valid API key"},
@@ -32,6 +35,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorReply, "description": "overloaded; `Retry-After` says when to come back"},
     500: {"model": ErrorReply, "description": "the engine failed on this input"},
     503: {"model": ErrorReply, "description": "no replica could answer"},
+    504: {"model": ErrorReply, "description": "not to be answered before the request's deadline"},
 }
 
 
@@ -124,36 +128,48 @@ def document(app: FastAPI, readers: Mapping[str, BodyReader[Any]]) -> None:
 class Api(FastAPI):
     """FastAPI with a guard, and a short cut past it for the requests that count.
 
-    Every path but `/health` needs one of the keys, if there are any. A POST to a path of `direct` goes straight to
+    Every path but `/health` and the page at `/` needs one of the keys, if there are any; whose it is goes along.
+    A POST to a path of `direct` goes straight to
     its handler: the layers and the dependency resolution of FastAPI, which these handlers do not use, cost a
     quarter of the router's CPU time. The same handlers are routes of the application, which documents them.
     """
 
-    def __init__(self, direct: Mapping[str, Handler], keys: Sequence[str], **settings: Any) -> None:
+    def __init__(self, direct: Mapping[str, Handler], clients: Mapping[str, Client], **settings: Any) -> None:
         super().__init__(redoc_url=None, redirect_slashes=False, **settings)
         self._direct = direct
-        self._keys = [key.encode() for key in keys]
+        self._clients = {key.encode(): client for key, client in clients.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
-        elif not self._allows(scope):
+            return
+        client = self._client(scope)
+        if client is None:
             response = error_reply(AuthError("a valid API key is needed: `Authorization: Bearer KEY`"))
             await response(scope, receive, send)
-        elif scope["method"] == "POST" and scope["path"] in self._direct:
+            return
+        scope[CLIENT] = client
+        if scope["method"] == "POST" and scope["path"] in self._direct:
             response = await _answered(self._direct[scope["path"]], Request(scope, receive))
             await response(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
-    def _allows(self, scope: Scope) -> bool:
-        if not self._keys or scope["path"] in OPEN_PATHS:
-            return True
+    def _client(self, scope: Scope) -> Client | None:
+        """Whose key the request carries; None for no valid one."""
+        if not self._clients or scope["path"] in OPEN_PATHS:
+            return ANYBODY
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, offered = given.partition(b" ")
         # Every key is compared, each in constant time, so that neither content nor position leaks.
-        matches = [hmac.compare_digest(offered, key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+        matches = [client for key, client in self._clients.items() if hmac.compare_digest(offered, key)]
+        return matches[0] if matches and scheme.lower() == b"bearer" else None
+
+
+def client_of(request: Request) -> Client:
+    """Who asks, as the guard found."""
+    client: Client = request.scope.get(CLIENT, ANYBODY)
+    return client
 
 
 async def _answered(handler: Handler, request: Request) -> Response:

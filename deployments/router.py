@@ -1,60 +1,79 @@
-"""The router's core: which family and variant a request means, its rows, its way through a batcher, its answer.
+"""The router's core: what a request means, whether it may enter, which way answers it, and its walk along that way.
 
 Knows neither HTTP nor Ray: the batchers are given. `deployments.api` is its border to HTTP, `deployments.app` binds it
-to Ray.
+to Ray. The walk takes and passes on rows by the rule that certificates were made with (`fettle.points.judge`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from deployments.batcher import Batcher
+from deployments.menu import EXACT, Way
+from deployments.served import Quality, ServedFamily
+from deployments.telemetry import Telemetry
+from deployments.tickets import Terms
+from deployments.walk import Walked, walk
+from deployments.watch import Watch
 from fettle.config import LimitConfig
-from fettle.errors import RequestError, TooLargeError, UnknownModelError
-from fettle.family import Family
-from fettle.manifest import TaskKind, VariantManifest
+from fettle.errors import (
+    DeadlineError,
+    FettleError,
+    OverloadedError,
+    RateLimitedError,
+    RequestError,
+    TooLargeError,
+    UnknownModelError,
+)
+from fettle.limits import KeyLimits
+from fettle.manifest import TaskKind
 from fettle.rows import Row
-from fettle.tokenizer import Text, Tokenizer
+from fettle.scheduling import NEVER, Priority
+from fettle.tokenizer import Text
 
 # Above this many characters tokenization leaves the event loop, so that one large request does not stall the rest.
 TOKENIZE_INLINE_CHARACTERS = 20_000
+LONGEST_TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class ServedFamily:
-    """A family with a batcher for each variant that is served."""
+class Client:
+    """Who asks: an API key's name, weight and limits; all the same where there are no keys."""
 
-    name: str
-    family: Family
-    tokenizer: Tokenizer
-    batchers: Mapping[str, Batcher]
-    default: str
+    name: str = ""
+    weight: float = 1.0
+    limits: KeyLimits = field(default_factory=KeyLimits)
 
-    @property
-    def models(self) -> list[str]:
-        return [self.name, *(f"{self.name}:{variant}" for variant in self.batchers)]
+
+ANYBODY = Client()
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Who will answer: a variant of a family, and the batcher before it."""
+class Wishes:
+    """What a request says about how it is to be answered. None: nothing said."""
+
+    max_disagreement: float | str | None = None
+    allow_degraded: bool = False
+    priority: Literal["interactive", "batch"] = "interactive"
+    timeout_s: float | None = None
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that is understood: of which family, in which class or of which variant, on what terms."""
 
     family: ServedFamily
-    variant: str
-
-    @property
-    def manifest(self) -> VariantManifest:
-        return self.family.family.variants[self.variant]
-
-    @property
-    def batcher(self) -> Batcher:
-        return self.family.batchers[self.variant]
+    quality: Quality
+    terms: Terms
+    client: Client
+    degraded: bool = False
+    explain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +92,26 @@ class Tokenized:
 
 @dataclass(frozen=True, slots=True)
 class Inferred:
-    """`values` float32 [rows, width]; of the rows' times the longest, in ms."""
+    """A request's answers and the way that gave them. `degraded`: outside the class, as the request allowed."""
 
-    values: NDArray[np.float32]
-    queue_ms: float
-    infer_ms: float
+    way: Way
+    gear: int
+    degraded: bool
+    walked: Walked
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Router:
+    """See the module. `id` tells this router from others in replies and reports."""
+
     families: Mapping[str, ServedFamily]
     limits: LimitConfig
+    classes: Mapping[str, float] = field(default_factory=dict)
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    watch: Watch = field(default_factory=Watch)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
-    def target(self, model: str | None, kind: TaskKind | None = None) -> Target:
+    def find(self, model: str | None, kind: TaskKind | None = None) -> tuple[ServedFamily, str | None]:
         """Resolve `family` or `family:variant`; None means the only family that does this kind of task.
 
         Raises:
@@ -93,27 +119,52 @@ class Router:
             RequestError: the family does another task, or several could be meant.
         """
         if model is None:
-            return self._only(kind)
+            return self._only(kind), None
         name, _, pinned = model.partition(":")
         family = self.families.get(name)
         if family is None or (pinned and pinned not in family.batchers):
             raise UnknownModelError(f"model {model!r} is not served; there are {self._models()}", param="model")
-        if kind is not None and family.family.manifest.task.kind is not kind:
+        if kind is not None and family.task.kind is not kind:
             raise RequestError(
-                f"model {name!r} does not {kind.value}: its task is {family.family.manifest.task.kind.value}",
-                param="model",
+                f"model {name!r} does not {kind.value}: its task is {family.task.kind.value}", param="model"
             )
-        return Target(family, pinned or family.default)
+        return family, pinned or None
 
-    def check_room(self, target: Target, inputs: int) -> None:
+    def ask(self, model: str | None, kind: TaskKind, wishes: Wishes | None = None, client: Client = ANYBODY) -> Asked:
+        """Understand a request.
+
+        Raises:
+            UnknownModelError, RequestError: see `find`; or a class that is none, or a class for a pinned variant.
+        """
+        wishes = wishes or Wishes()
+        family, pinned = self.find(model, kind)
+        now = time.monotonic()
+        terms = Terms(
+            arrived=now,
+            deadline=NEVER if wishes.timeout_s is None else now + wishes.timeout_s,
+            priority=Priority.BATCH if wishes.priority == "batch" else Priority.INTERACTIVE,
+            key=client.name,
+            weight=client.weight,
+        )
+        quality = self._quality(family, pinned, wishes.max_disagreement)
+        return Asked(family, quality, terms, client, wishes.allow_degraded, wishes.explain)
+
+    def check_room(self, asked: Asked, inputs: int) -> None:
         """Refuse early, before tokenization costs anything.
 
         Raises:
             TooLargeError: more inputs than one request may have.
-            OverloadedError: the queue is full.
+            RateLimitedError: the key's limits are reached.
+            OverloadedError: every point that may answer has a full queue.
         """
         self.check_inputs(inputs)
-        target.batcher.check_room()
+        wait = asked.client.limits.wait_s(time.monotonic())
+        if wait is not None:
+            self.telemetry.refused(asked.family.name, "limited")
+            raise RateLimitedError(
+                f"the limits of API key {asked.client.name!r} are reached; retry in {wait} s", retry_after_s=wait
+            )
+        self._choose(asked)
 
     def check_inputs(self, inputs: int) -> None:
         """Raises TooLargeError for more inputs than one request may have."""
@@ -124,44 +175,151 @@ class Router:
             )
 
     async def tokenize(
-        self, target: Target, texts: Sequence[Text], *, max_length: int | None = None, truncate: bool = True
+        self, family: ServedFamily, texts: Sequence[Text], *, max_length: int | None = None, truncate: bool = True
     ) -> Tokenized:
         """Texts or pairs to rows."""
 
         def encode() -> list[Row]:
-            return target.family.tokenizer.encode(texts, max_length=max_length, truncate=truncate)
+            return family.tokenizer.encode(texts, max_length=max_length, truncate=truncate)
 
         if sum(map(_characters, texts)) > TOKENIZE_INLINE_CHARACTERS:
             return await asyncio.to_thread(_timed, encode)
         return _timed(encode)
 
     def rows_of_ids(
-        self, target: Target, lists: Sequence[Sequence[int]], *, max_length: int | None = None, truncate: bool = True
+        self,
+        family: ServedFamily,
+        lists: Sequence[Sequence[int]],
+        *,
+        max_length: int | None = None,
+        truncate: bool = True,
     ) -> Tokenized:
         """Rows from token ids that the client made."""
-        row = target.family.tokenizer.row_of_ids
+        row = family.tokenizer.row_of_ids
         return _timed(
             lambda: [row(ids, index=index, max_length=max_length, truncate=truncate) for index, ids in enumerate(lists)]
         )
 
-    async def infer(self, target: Target, rows: Sequence[Row]) -> Inferred:
-        answers = await target.batcher.answer(rows)
-        return Inferred(
-            values=np.stack([answer.values for answer in answers]),
-            queue_ms=max(answer.queue_ms for answer in answers),
-            infer_ms=max(answer.infer_ms for answer in answers),
-        )
+    async def infer(self, asked: Asked, tokenized: Tokenized) -> Inferred:
+        """Answer the rows along the way that the class's gear names.
 
-    def _only(self, kind: TaskKind | None) -> Target:
-        fitting = [family for family in self.families.values() if kind in (None, family.family.manifest.task.kind)]
+        Raises:
+            DeadlineError: they cannot be, or were not, answered in time.
+            OverloadedError: every point that may answer has a full queue.
+            EngineError, UnavailableError: see `Batcher.answer`.
+        """
+        family = asked.family
+        # Drawn before anything is known of the way or the load, so that neither decides what is looked at.
+        sample = self.watch.draw(len(tokenized.rows))
+        await self.watch.informed()
+        with self._counted(asked), _holding(asked.client, tokenized.tokens):
+            way, gear = self._choose(asked)
+            async with _until(asked.terms.deadline):
+                walked = await walk(family, way, tokenized.rows, asked.terms)
+        degraded = asked.degraded and way.alpha > asked.quality.tolerance
+        inferred = Inferred(way, gear, degraded, walked)
+        self.watch.saw(family, asked.quality, way, walked, tokenized.rows, sample)
+        self.telemetry.answered(
+            family.name,
+            family.level_name(asked.quality),
+            way.name,
+            walked.places,
+            tokenize_ms=tokenized.ms,
+            queue_ms=walked.queue_ms,
+            infer_ms=walked.infer_ms,
+            total_ms=(time.monotonic() - asked.terms.arrived) * 1000,
+        )
+        return inferred
+
+    def _quality(self, family: ServedFamily, pinned: str | None, wanted: float | str | None) -> Quality:
+        if pinned is not None:
+            if wanted is not None:
+                raise RequestError(
+                    f"max_disagreement is for a family; {family.name}:{pinned} is one variant, which is never replaced",
+                    param="max_disagreement",
+                )
+            return Quality.pinned_to(pinned)
+        if wanted is None:
+            return family.default
+        if wanted == EXACT:
+            return Quality.of(0.0)
+        if isinstance(wanted, str):
+            if wanted not in self.classes:
+                names = ", ".join(["a share from 0 to 1", EXACT, *self.classes])
+                raise RequestError(
+                    f"max_disagreement: {wanted!r} is no class; give one of {names}", param="max_disagreement"
+                )
+            return Quality.of(self.classes[wanted], wanted)
+        return Quality.of(wanted)
+
+    def _choose(self, asked: Asked) -> tuple[Way, int]:
+        """The way of the present gear, or a cheaper one of the class where that has no room.
+
+        Raises:
+            OverloadedError: none has; says when to come back.
+        """
+        family, quality = asked.family, asked.quality
+        if quality.variant is not None:
+            ways: Sequence[Way] = [family.menu.pinned(quality.variant)]
+            gear = 0
+        else:
+            ways = family.menu.gears(quality.tolerance, degraded=asked.degraded)
+            gear = family.gearbox.number(quality.tolerance, asked.degraded)
+        for number in range(min(gear, len(ways) - 1), len(ways)):
+            if all(family.batchers[variant].has_room(asked.terms) for variant in ways[number].variants):
+                return ways[number], number
+        self.telemetry.refused(family.name, "overloaded")
+        full = [family.batchers[v] for v in ways[-1].variants if not family.batchers[v].has_room(asked.terms)]
+        raise min((batcher.overloaded(asked.terms) for batcher in full), key=lambda error: error.retry_after_s)
+
+    @contextmanager
+    def _counted(self, asked: Asked) -> Iterator[None]:
+        try:
+            yield
+        except OverloadedError:
+            # Counted where it was refused.
+            raise
+        except DeadlineError:
+            self.telemetry.refused(asked.family.name, "late")
+            raise
+        except FettleError:
+            self.telemetry.refused(asked.family.name, "failed")
+            raise
+
+    def _only(self, kind: TaskKind | None) -> ServedFamily:
+        fitting = [family for family in self.families.values() if kind in (None, family.task.kind)]
         if len(fitting) == 1:
-            return Target(fitting[0], fitting[0].default)
+            return fitting[0]
         if not fitting and kind is not None:
             raise UnknownModelError(f"no family here does {kind.value}; there are {self._models()}", param="model")
         raise RequestError(f"name a model: one of {self._models()}", param="model")
 
     def _models(self) -> str:
         return ", ".join(model for family in self.families.values() for model in family.models)
+
+
+@contextmanager
+def _holding(client: Client, tokens: int) -> Iterator[None]:
+    """Count a request of this many tokens against its key's limits."""
+    client.limits.enter()
+    client.limits.charge(tokens, time.monotonic())
+    try:
+        yield
+    finally:
+        client.limits.leave()
+
+
+@asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    """Give up at the deadline, a time of `time.monotonic`: rows that still wait leave their queues."""
+    if deadline == NEVER:
+        yield
+        return
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            yield
+    except TimeoutError:
+        raise DeadlineError("not answered before its deadline; allow more time or come back later") from None
 
 
 def _timed(work: Callable[[], list[Row]]) -> Tokenized:

@@ -21,7 +21,27 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class EmbeddingsRequest(Body):
+class Wished(Body):
+    """Who is to answer a request, and how; all but `model` are extensions to every shape."""
+
+    model: str | None = None
+    max_disagreement: Annotated[float, Field(ge=0, le=1)] | Text | None = Field(
+        default=None,
+        description="share of answers that may differ from the original model's: a number, `exact`, or a named class",
+    )
+    allow_degraded: bool = Field(
+        default=False, description="under load, points certified at weaker levels may answer; the reply says so"
+    )
+    priority: Literal["interactive", "batch"] = Field(
+        default="interactive", description="`batch` fills gaps that interactive requests leave"
+    )
+
+
+class Explained(Wished):
+    explain: bool = Field(default=False, description="show the way that each row took")
+
+
+class EmbeddingsRequest(Explained):
     """OpenAI's `POST /v1/embeddings`."""
 
     model: str
@@ -32,7 +52,7 @@ class EmbeddingsRequest(Body):
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1, description="-1: the model's own limit")
 
 
-class ClassifyRequest(Body):
+class ClassifyRequest(Explained):
     """vLLM's `POST /classify`."""
 
     model: str | None = None
@@ -41,7 +61,7 @@ class ClassifyRequest(Body):
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
 
 
-class EmbedRequest(Body):
+class EmbedRequest(Wished):
     """TEI's `POST /embed`."""
 
     inputs: Inputs
@@ -52,7 +72,7 @@ class EmbedRequest(Body):
     dimensions: int | None = Field(default=None, ge=1)
 
 
-class PredictRequest(Body):
+class PredictRequest(Wished):
     """TEI's `POST /predict`: a text, a pair `[a, b]`, or a batch of `[a]` and `[a, b]`."""
 
     inputs: Text | Pair | Annotated[list[Pair], Field(min_length=1)]
@@ -96,15 +116,42 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class Served(BaseModel):
-    """Who answered and where the time went, in milliseconds; an extension that clients may ignore."""
+class ExplainedStep(BaseModel):
+    """A row at one step of its way: `scores` are what its exits saw, before the stage that answered."""
 
-    family: str
     variant: str
+    stage: int
+    score: float | None = Field(description="of the answer, in [0, 1]; none for numbers and vectors")
+    threshold: float = Field(description="that this stage's gate asks for; above 1: it takes nothing")
+    temperature: float
+    taken: bool
+    scores: list[float | None]
+    thresholds: list[float]
+    queue_ms: float
+    infer_ms: float
+    batch_rows: int
+
+
+class Served(BaseModel):
+    """Who answered, what is promised, and where the time went, in milliseconds; an extension that clients may ignore.
+
+    `variant` and `stage` name each that answered a row, separated by commas.
+    """
+
+    router: str
+    family: str
+    quality: str = Field(alias="class", description="as it was asked: a share, a named class, `exact` or `pinned`")
+    point: str | None = Field(description="the operating point; none where one variant answered all the way")
+    bound: float | str = Field(description="certified upper bound of disagreement, `exact`, or `none`")
+    variant: str
+    stage: str
+    gear: int
+    degraded: bool
     truncated: int = Field(description="inputs that were cut to the model's limit")
     tokenize_ms: float
     queue_ms: float
     infer_ms: float
+    explain: list[list[ExplainedStep]] | None = None
 
 
 class Embedding(BaseModel):
@@ -179,10 +226,11 @@ class VariantInfo(BaseModel):
     disagreement: float | None
     batch_invariant: bool | None
     queued: int = Field(description="rows that wait for a replica")
-    backlog_s: float = Field(description="predicted time until all admitted work is done")
+    backlog_s: float = Field(description="predicted time until all admitted interactive work is done")
     rows: int = Field(description="rows answered since this router's start; so are the counts that follow")
     batches: int
     refused: int = Field(description="requests refused because the queue was full")
+    late: int = Field(description="rows that could not be in time for their deadline")
     withdrawn: int = Field(description="rows whose client left while they waited")
     retried: int = Field(description="rows sent again, after a lost replica or beside a row that failed")
 
@@ -199,6 +247,45 @@ class FamilyInfo(BaseModel):
 class Info(BaseModel):
     version: str
     families: list[FamilyInfo]
+
+
+class PointQuality(BaseModel):
+    """A certified point and what production says of it: an alarm comes when `evidence` reaches `alarm_at`."""
+
+    family: str
+    point: str
+    fingerprint: str
+    alpha: float
+    upper_bound: float
+    certified_rows: int
+    certified_errors: int
+    shadows: int = Field(description="answers compared with the reference's")
+    disagreements: int
+    evidence: float
+    alarm_at: float
+    status: Literal["watched", "revoked"]
+    revoked_at: float | None
+    drift: dict[str, float | bool | None] | None = Field(description="of exits and scores, without labels")
+
+
+class FamilyQuality(BaseModel):
+    name: str
+    points: list[PointQuality]
+
+
+class QualityReply(BaseModel):
+    families: list[FamilyQuality]
+
+
+class Live(BaseModel):
+    """What the page at `/` shows; its inner shape may change."""
+
+    at: float
+    version: str
+    routers: int
+    shadow_share: float | None
+    live: dict[str, object]
+    quality: list[PointQuality]
 
 
 class State(BaseModel):

@@ -24,7 +24,7 @@ from ray.serve.schema import ReplicaState
 
 from deployments.batcher import SlotLostError
 from fettle.errors import EngineError
-from fettle.rows import Outputs, Rows
+from fettle.rows import Exits, Outputs, Rows
 from workers.engine import EngineOptions, open_engine
 
 logger = logging.getLogger("ray.serve")
@@ -32,7 +32,9 @@ logger = logging.getLogger("ray.serve")
 FOLLOW_EVERY_S = 1.0
 CPU_NICENESS = 5
 
-Reply = tuple[NDArray[np.float32], float] | str
+Floats = NDArray[np.float32]
+# Values, milliseconds, and where there are exits the stages and their scores (`fettle.rows.Outputs`); or what failed.
+Reply = tuple[Floats, float, NDArray[np.int8] | None, Floats | None] | str
 
 
 @serve.deployment
@@ -50,17 +52,25 @@ class Variant:
         gc.collect()
         gc.freeze()
 
-    async def run(self, ids: NDArray[np.int32], lengths: NDArray[np.int32], type_ids: NDArray[np.int8] | None) -> Reply:
-        """Values float32 [rows, width] and milliseconds, or what the engine said was wrong with the batch.
+    async def run(
+        self,
+        ids: NDArray[np.int32],
+        lengths: NDArray[np.int32],
+        type_ids: NDArray[np.int8] | None,
+        thresholds: Floats | None = None,
+        temperatures: Floats | None = None,
+    ) -> Reply:
+        """What the engine makes of a batch, rows and exits in their parts, or what it said was wrong with it.
 
         A failed batch is a value, not an exception, so that every exception means: this replica is gone.
         """
         rows = Rows(ids, lengths, type_ids)
+        exits = None if thresholds is None or temperatures is None else Exits(thresholds, temperatures)
         try:
-            outputs = await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.run, rows)
+            outputs = await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.run, rows, exits)
         except EngineError as error:
             return error.message
-        return outputs.values, outputs.infer_ms
+        return outputs.values, outputs.infer_ms, outputs.stages, outputs.scores
 
 
 @contextmanager
@@ -116,9 +126,10 @@ class ReplicaSlot:
 
     handle: DeploymentHandle
 
-    async def run(self, rows: Rows) -> Outputs:
+    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
+        gates = () if exits is None else (exits.thresholds, exits.temperatures)
         with _losses():
-            reply: Reply = await self.handle.run.remote(rows.ids, rows.lengths, rows.type_ids)
+            reply: Reply = await self.handle.run.remote(rows.ids, rows.lengths, rows.type_ids, *gates)
         if isinstance(reply, str):
             raise EngineError(reply)
         return Outputs(*reply)

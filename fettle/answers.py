@@ -30,20 +30,23 @@ def probabilities(values: Floats, task: Task) -> Floats:
     return values
 
 
-def confidence(values: Floats, task: Task, temperature: float = 1.0) -> Floats:
+def confidence(values: Floats, task: Task, temperature: float | Floats = 1.0) -> Floats:
     """The score that decides whether an answer is taken: float32 [rows], in [0, 1], NaN where the values are NaN.
+
+    `temperature` divides the logits; one for all rows, or float32 [rows, 1].
 
     Top-2 margin of the softmax for single labels; for several labels, that of the label nearest to 0.5.
 
     Raises:
         UsageError: the task has no score (numbers and vectors have none).
     """
+    divisor: Floats = np.asarray(temperature, np.float32)
     if task.head is Head.SINGLE_LABEL and task.width > 1:
-        top = np.partition(probabilities(values / np.float32(temperature), task), -2, axis=1)
+        top = np.partition(probabilities(values / divisor, task), -2, axis=1)
         margin: Floats = top[:, -1] - top[:, -2]
         return margin
     if task.head is Head.MULTI_LABEL:
-        nearest: Floats = np.abs(np.tanh(values / np.float32(2 * temperature))).min(axis=1)
+        nearest: Floats = np.abs(np.tanh(values / (2 * divisor))).min(axis=1)
         return nearest
     raise UsageError(f"answers of kind {task.head or task.kind} have no confidence to exit or escalate by")
 

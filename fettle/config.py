@@ -111,6 +111,7 @@ class BatchConfig(Settings):
     max_queue_s: float = Field(
         default=2.0, gt=0, description="predicted time to drain the queue, above which requests are refused"
     )
+    max_batch_queue_s: float = Field(default=60.0, gt=0, description="the same for requests of priority `batch`")
 
 
 class LimitConfig(Settings):

@@ -116,6 +116,20 @@ class OverloadedError(FettleError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimitedError(OverloadedError):
+    """A key has more under way, or sends more tokens, than its limits allow."""
+
+    code = "rate_limited"
+
+
+class DeadlineError(FettleError):
+    """The reply cannot be out, or was not, before the request's own deadline."""
+
+    status = 504
+    type = "deadline_error"
+    code = "deadline"
+
+
 class UnavailableError(FettleError):
     """No replica could answer, after the retries."""
 

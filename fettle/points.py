@@ -119,10 +119,16 @@ def exits(step: Step, rows: int) -> Exits | None:
     early = step.gates[:-1]
     if all(gate.threshold > 1 for gate in early):
         return None
-    thresholds = np.array([gate.threshold for gate in early], np.float32)
-    return Exits(
-        thresholds=np.tile(thresholds, (rows, 1)),
-        temperatures=np.array([gate.temperature for gate in early], np.float32),
+    thresholds, temperatures = early_gates(step)
+    return Exits(thresholds=np.tile(thresholds, (rows, 1)), temperatures=np.tile(temperatures, (rows, 1)))
+
+
+def early_gates(step: Step) -> tuple[Floats, Floats]:
+    """The step's exits as one row of an engine's table: thresholds and temperatures, each float32 [stages - 1]."""
+    early = step.gates[:-1]
+    return (
+        np.array([gate.threshold for gate in early], np.float32),
+        np.array([gate.temperature for gate in early], np.float32),
     )
 
 
@@ -164,6 +170,19 @@ def replay(traces: Mapping[str, Floats], steps: Sequence[Step], task: Task) -> A
     return _walk(steps, len(next(iter(traces.values()))), task, run)
 
 
+def judge(
+    values: Floats, stages: NDArray[np.int8], step: Step, task: Task, *, last: bool
+) -> tuple[NDArray[np.bool_], Floats]:
+    """Which answers of a step are taken, bool [rows], and their scores, float32 [rows].
+
+    A row that left at an early gate is taken; at the last gate its score decides; the last step takes all.
+    """
+    scores = _scores_by_stage(values, stages, step, task)
+    if last:
+        return np.ones(len(values), np.bool_), scores
+    return (stages < len(step.gates) - 1) | passes(scores, step.gates[-1].threshold), scores
+
+
 def _walk(steps: Sequence[Step], rows: int, task: Task, run: RunStep) -> Answered:
     values = np.full((rows, task.width), np.nan, np.float32)
     taken_by, stages = np.zeros(rows, np.int8), np.zeros(rows, np.int8)
@@ -173,10 +192,7 @@ def _walk(steps: Sequence[Step], rows: int, task: Task, run: RunStep) -> Answere
         if not len(left):
             break
         got, at = run(step, left)
-        score = _scores_by_stage(got, at, step, task)
-        taken = (at < len(step.gates) - 1) | passes(score, step.gates[-1].threshold)
-        if number == len(steps) - 1:
-            taken = np.ones_like(taken)
+        taken, score = judge(got, at, step, task, last=number == len(steps) - 1)
         done = left[taken]
         values[done], scores[done], stages[done], taken_by[done] = got[taken], score[taken], at[taken], number
         left = left[~taken]
@@ -184,6 +200,9 @@ def _walk(steps: Sequence[Step], rows: int, task: Task, run: RunStep) -> Answere
 
 
 def _scores_by_stage(values: Floats, stages: NDArray[np.int8], step: Step, task: Task) -> Floats:
+    if len(values) == 1:
+        # The router's most frequent case; masks would take longer than the score.
+        return scores_at(values, task, step.gates[int(stages[0])])
     scores = np.full(len(values), np.nan, np.float32)
     for stage, gate in enumerate(step.gates):
         here: NDArray[Any] = stages == stage

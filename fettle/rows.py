@@ -67,10 +67,10 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Exits:
-    """Where each row may leave a staged variant early.
+    """Where each row may leave a staged variant early; rows of several operating points share a batch.
 
     `thresholds` float32 [rows, stages - 1] on the score of each stage but the last, above 1 for never;
-    `temperatures` float32 [stages - 1] that the stages' logits are divided by before they are scored.
+    `temperatures`, of the same shape, that the stages' logits are divided by before they are scored.
     """
 
     thresholds: NDArray[np.float32]
@@ -82,11 +82,13 @@ class Outputs:
     """What an engine returns: `values` float32 [rows, width] (logits, or vectors), and its own time in ms.
 
     `stages` int8 [rows]: the stage that answered each row, from 0; None where the variant has only one.
+    `scores` float32 [rows, stages - 1]: what the early gates saw, NaN where they did not look; None without exits.
     """
 
     values: NDArray[np.float32]
     infer_ms: float
     stages: NDArray[np.int8] | None = None
+    scores: NDArray[np.float32] | None = None
 
 
 def joined(parts: Sequence[Rows]) -> Rows:

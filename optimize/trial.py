@@ -175,7 +175,7 @@ def _stage_cpu_ms(engine: Engine, rows: list[Row]) -> list[float]:
 
 def _leaving_at(stage: int, exits: int, rows: int) -> Exits:
     thresholds = np.where(np.arange(exits) == stage, np.float32(0), np.float32(2))
-    return Exits(np.repeat(thresholds[None, :], rows, axis=0).astype(np.float32), np.ones(exits, np.float32))
+    return Exits(np.repeat(thresholds[None, :], rows, axis=0).astype(np.float32), np.ones((rows, exits), np.float32))
 
 
 def _cpu_ms(engine: Engine, batches: list[Rows], exits: list[Exits]) -> float:

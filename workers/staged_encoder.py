@@ -62,16 +62,17 @@ class StagedEncoder:
         started = time.perf_counter()
         values = np.empty((len(rows), self.manifest.task.width), np.float32)
         stages = np.empty(len(rows), np.int8)
+        scores = None if exits is None else np.full((len(rows), len(self._stages) - 1), np.nan, np.float32)
         calls = list(self._calls(rows))
         for index, stage in enumerate(self._stages):
             for call in calls:
                 answers = call.run(stage)
-                leaving = call.waiting & self._leave(answers, index, exits, call.numbers)
+                leaving = call.waiting & self._leave(answers, index, exits, call, scores)
                 values[call.numbers[leaving]] = answers[leaving]
                 stages[call.numbers[leaving]] = index
                 call.waiting &= ~leaving
             calls = self._compacted([call for call in calls if call.waiting.any()])
-        return Outputs(values, (time.perf_counter() - started) * 1e3, stages)
+        return Outputs(values, (time.perf_counter() - started) * 1e3, stages, scores)
 
     def by_stage(self, rows: Rows) -> Floats:
         """What every stage answers, whether a row would have left before or not: float32 [rows, stages, width].
@@ -101,16 +102,21 @@ class StagedEncoder:
     def _pad_id(self) -> int:
         return self.manifest.tokenizer.pad_id
 
-    def _leave(self, answers: Floats, stage: int, exits: Exits | None, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def _leave(
+        self, answers: Floats, stage: int, exits: Exits | None, call: _Call, scores: Floats | None
+    ) -> NDArray[np.bool_]:
+        """Which rows of the call pass their own gate here; what the gates of the waiting ones saw goes to `scores`."""
         if stage == len(self._stages) - 1:
             return np.ones(len(answers), np.bool_)
-        if exits is None:
+        if exits is None or scores is None:
             return np.zeros(len(answers), np.bool_)
-        thresholds = exits.thresholds[numbers, stage]
+        thresholds = exits.thresholds[call.numbers, stage]
         if (thresholds > 1).all():
             # No score reaches it, so none is computed.
             return np.zeros(len(answers), np.bool_)
-        return passes(confidence(answers, self.manifest.task, float(exits.temperatures[stage])), thresholds)
+        found = confidence(answers, self.manifest.task, exits.temperatures[call.numbers, stage, None])
+        scores[call.numbers[call.waiting], stage] = found[call.waiting]
+        return passes(found, thresholds)
 
     def _compacted(self, calls: list[_Call]) -> list[_Call]:
         """The calls of the next stage: without the rows that have left, where that pays (see `COMPACT_AT`)."""

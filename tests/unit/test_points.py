@@ -39,7 +39,7 @@ class Staged:
     def _leaves(self, number: int, row: int, given: Exits | None, last: int) -> int:
         for stage in range(last if given is not None else 0):
             assert given is not None
-            gate = Gate(threshold=0.0, temperature=float(given.temperatures[stage]))
+            gate = Gate(threshold=0.0, temperature=float(given.temperatures[row, stage]))
             if scores_at(self.trace[number : number + 1, stage], self.task, gate)[0] >= given.thresholds[row, stage]:
                 return stage
         return last
@@ -176,7 +176,7 @@ def test_exits_are_one_row_of_thresholds_each() -> None:
     found = exits(step, 3)
     assert found is not None
     np.testing.assert_array_equal(found.thresholds, np.array([[0.7, NEVER]] * 3, np.float32))
-    np.testing.assert_array_equal(found.temperatures, np.array([2.0, 1.0], np.float32))
+    np.testing.assert_array_equal(found.temperatures, np.array([[2.0, 1.0]] * 3, np.float32))
     assert found.thresholds.dtype == found.temperatures.dtype == np.float32
 
 

@@ -94,7 +94,8 @@ def deep(tmp_path_factory) -> Staged:
 
 def gates(rows: Rows, *thresholds: float | np.ndarray, temperatures: tuple[float, ...] | None = None) -> Exits:
     table = np.stack([np.broadcast_to(np.float32(value), len(rows)) for value in thresholds], axis=1)
-    return Exits(table, np.asarray(temperatures or (1.0,) * len(thresholds), np.float32))
+    each = np.asarray(temperatures or (1.0,) * len(thresholds), np.float32)
+    return Exits(table, np.tile(each, (len(table), 1)))
 
 
 def test_every_stage_answers_as_torch_does(each):

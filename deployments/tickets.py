@@ -1,0 +1,73 @@
+"""What passes between router and batcher: a request's terms, one leg of its way, a row with whoever waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fettle.rows import Row
+from fettle.scheduling import NEVER, Entry, Priority
+
+# A row lost this often may be the one that kills replicas.
+SUSPECT_FROM = 3
+
+# Thresholds and temperatures of a step's exits, each float32 [stages - 1].
+Gates = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the rows of a request keep on their whole way. Times are of `time.monotonic`."""
+
+    arrived: float
+    deadline: float = NEVER
+    priority: Priority = Priority.INTERACTIVE
+    key: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One step of that way: where rows may leave early, and the share of a whole run's cost that they take on average.
+
+    `reserve_s` is what the steps after it are expected to take; `admitted` rows are not asked again whether they fit.
+    """
+
+    gates: Gates | None = None
+    share: float = 1.0
+    reserve_s: float = 0.0
+    admitted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A row's values float32 [width], and where its time went.
+
+    `stage` answered it; `scores` float32 [stages - 1] is what the exits saw, None without exits.
+    """
+
+    values: NDArray[np.float32]
+    queue_ms: float
+    infer_ms: float
+    batch_rows: int
+    stage: int = 0
+    scores: NDArray[np.float32] | None = None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Ticket(Entry):
+    """An entry of the queue with its row, and whoever waits for it; `entered` this queue, `arrived` at the router."""
+
+    row: Row
+    entered: float
+    future: asyncio.Future[Answered]
+    gates: Gates | None = None
+    losses: int = 0
+    alone: bool = False
+
+    @property
+    def suspect(self) -> bool:
+        return self.losses >= SUSPECT_FROM

@@ -1,0 +1,105 @@
+"""A request's walk along a way: each step's batcher in turn, with the rows that the steps before did not take.
+
+Who takes a row is `fettle.points.judge`, the rule that `predict` follows and certificates are about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deployments.menu import Way
+from deployments.served import ServedFamily
+from deployments.tickets import Answered, Leg, Terms
+from fettle.manifest import Step
+from fettle.points import judge
+from fettle.rows import Row
+from fettle.scheduling import NEVER
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A row at one step of its way."""
+
+    step: Step
+    answered: Answered
+    score: float
+    taken: bool
+
+
+@dataclass(slots=True)
+class Walked:
+    """`values` float32 [rows, width]; `visits` [rows]: the steps that each row took; the longest times in ms."""
+
+    values: NDArray[np.float32]
+    visits: list[list[Visit]]
+    queue_ms: float = 0.0
+    infer_ms: float = 0.0
+
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """The variant and stage that answered each row."""
+        return [(visits[-1].step.variant, visits[-1].answered.stage) for visits in self.visits]
+
+    @property
+    def variants(self) -> list[str]:
+        """Those that answered a row, each once."""
+        return list(dict.fromkeys(variant for variant, _ in self.places))
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages that answered a row, each once."""
+        return list(dict.fromkeys(stage for _, stage in self.places))
+
+
+async def walk(family: ServedFamily, way: Way, rows: Sequence[Row], terms: Terms) -> Walked:
+    """Answer the rows.
+
+    Raises:
+        DeadlineError, EngineError, UnavailableError: see `Batcher.answer`.
+    """
+    walked = Walked(np.empty((len(rows), family.task.width), np.float32), [[] for _ in rows])
+    left = list(range(len(rows)))
+    for number, stretch in enumerate(way.stretches):
+        leg = Leg(stretch.gates, stretch.share, _reserve_s(family, way, number, terms), admitted=number > 0)
+        batcher = family.batchers[stretch.step.variant]
+        answers = await batcher.answer([rows[index] for index in left], terms, leg)
+        walked.queue_ms += max(answer.queue_ms for answer in answers)
+        walked.infer_ms += max(answer.infer_ms for answer in answers)
+        left = _take(family, walked, stretch.step, left, answers, last=number == len(way.stretches) - 1)
+        if not left:
+            break
+    return walked
+
+
+def _take(
+    family: ServedFamily, walked: Walked, step: Step, left: list[int], answers: Sequence[Answered], *, last: bool
+) -> list[int]:
+    """Note what the step said of each row; returns those that go on."""
+    values = np.stack([answer.values for answer in answers])
+    stages = np.array([answer.stage for answer in answers], np.int8)
+    taken, scores = judge(values, stages, step, family.task, last=last)
+    going = []
+    for place, (index, done, score) in enumerate(zip(left, taken.tolist(), scores.tolist(), strict=True)):
+        walked.visits[index].append(Visit(step, answers[place], score, done))
+        if done:
+            walked.values[index] = values[place]
+        else:
+            going.append(index)
+    return going
+
+
+def _reserve_s(family: ServedFamily, way: Way, number: int, terms: Terms) -> float:
+    """What the steps after this one are expected to take of the time, by how often rows get there."""
+    here = way.stretches[number].reach
+    if terms.deadline == NEVER or here <= 0:
+        return 0.0
+    return math.fsum(
+        stretch.reach / here * (batcher.backlog_s + batcher.call_s)
+        for stretch in way.stretches[number + 1 :]
+        for batcher in [family.batchers[stretch.step.variant]]
+    )
