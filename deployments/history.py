@@ -216,7 +216,7 @@ class History:
             return NOTHING
         found = second.figures.get(name)
         if found is None:
-            counts = second.counts.get(name, {})
+            counts: Mapping[Path, float] = second.counts.get(name, {})
             rates = {path: short(count) for path, count in counts.items() if path[0] in RATES}
             found = second.figures[name] = Figures(rates, _quantiles(counts, "times"))
         return found
