@@ -24,6 +24,7 @@ from fettle.config import ServeConfig
 from fettle.errors import UnavailableError, UsageError
 from fettle.family import Family
 from fettle.machine import usable_cores
+from fettle.quality import QualityStore, store_path
 
 APPLICATION = "fettle"
 # What Ray's own processes, a router and the proxy take beside the replicas.
@@ -57,6 +58,7 @@ def running(config: ServeConfig, options: ServerOptions) -> Iterator[str]:
         os.environ.update(fastpath.environment(Path(scratch), fast=fast, cores=usable_cores()))
         needed = needs(config)
         check_memory(needed)
+        check_evidence(config)
         with _ray(options, needed):
             _deploy(config, options)
             yield f"http://{options.host}:{options.port}"
@@ -99,6 +101,14 @@ def check_memory(needed: Needs) -> None:
             f"serving this needs about {needed.memory_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
             "serve fewer variants (--variant) or fewer replicas (--min-replicas)"
         )
+
+
+def check_evidence(config: ServeConfig) -> None:
+    """Raises QualityError if the evidence about a family cannot be kept where it should be, before anything starts."""
+    for settings in config.families:
+        family = Family.open(settings.path)
+        path = store_path(family.directory, settings.name or family.name, config.monitor.directory)
+        QualityStore(path, config.monitor.delta).close()
 
 
 def wait_for_signal() -> None:

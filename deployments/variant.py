@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
@@ -139,12 +140,21 @@ async def follow_replicas(slots: Mapping[str, ReplicaSlots], application: str) -
     """Keep every deployment's slots (by its name) at what Ray says is running, until cancelled."""
     while True:
         try:
-            status = await asyncio.to_thread(serve.status)
+            running = await asyncio.to_thread(_running_replicas, application)
         except RayError as error:
             # The controller is away for a moment; what was known last still holds, and lost replicas are retried.
             logger.warning("Serve's controller does not answer: %s", error)
         else:
-            deployments = status.applications[application].deployments
             for name, own in slots.items():
-                own.resize(deployments[name].replica_states.get(ReplicaState.RUNNING, 0))
+                own.resize(running.get(name, 0))
         await asyncio.sleep(FOLLOW_EVERY_S)
+
+
+def _running_replicas(application: str) -> dict[str, int]:
+    """By deployment. `serve.status()` reads the same, and checks it by a schema at a twelfth of the router's time."""
+    details = _get_global_client().get_serve_details()
+    deployments = details["applications"][application]["deployments"]
+    return {
+        name: sum(replica["state"] == ReplicaState.RUNNING for replica in found["replicas"])
+        for name, found in deployments.items()
+    }

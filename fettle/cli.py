@@ -227,7 +227,12 @@ def serve(
         list[str] | None,
         typer.Option(help="Serve this variant; may be repeated. By default those that no other beats."),
     ] = None,
-    default: Annotated[str | None, typer.Option(help="The variant that answers when a request pins none.")] = None,
+    max_disagreement: Annotated[
+        str, typer.Option(help="The class of requests that name none: a share of changed answers, or exact.")
+    ] = "0.01",
+    default: Annotated[
+        str | None, typer.Option(help="Instead of a class: this variant answers requests that name none.")
+    ] = None,
     min_replicas: Annotated[int, typer.Option(min=0, help="Replicas of each variant that always run.")] = 1,
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="Replicas of each variant under load; one for each core by default.")
@@ -235,6 +240,12 @@ def serve(
     threads: Annotated[int, typer.Option(min=1, help="Threads of one replica on CPU.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_queue: Annotated[float, typer.Option(help="Seconds of work that may wait before requests get 429.")] = 2.0,
+    objective: Annotated[
+        float, typer.Option(help="Milliseconds that a request should not exceed; near it cheaper points take over.")
+    ] = 100.0,
+    shadow: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of answers that are compared with the original's, later.")
+    ] = 0.01,
     api_key: Annotated[
         list[str] | None, typer.Option(help="Clients need one of these for all but /health; at least 8 characters.")
     ] = None,
@@ -249,11 +260,16 @@ def serve(
     """
     from deployments.server import ServerOptions, running, wait_for_signal
     from fettle.config import ServeConfig
+    from fettle.local import EXACT, share
     from fettle.machine import usable_cores
 
+    level = share(max_disagreement)
     config = checked(
         ServeConfig,
-        families=[{"path": str(path), "variants": variant or None, "default": default} for path in families],
+        families=[
+            {"path": str(path), "variants": variant or None, "default": default, "max_disagreement": level or EXACT}
+            for path in families
+        ],
         replicas={
             "min_replicas": min_replicas,
             "max_replicas": max_replicas or max(min_replicas, usable_cores()),
@@ -261,6 +277,8 @@ def serve(
             "device": device,
         },
         batch={"max_queue_s": max_queue},
+        gears={"objective_ms": objective},
+        monitor={"share": shadow},
         api_keys=api_key or [],
     )
     where = ServerOptions(host=host, port=port, address=address, fast=fast, dashboard=dashboard, verbose=verbose)
@@ -337,7 +355,7 @@ def _print_welcome(url: str, config: Any) -> None:
     from fettle.manifest import TaskKind
 
     key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
-    typer.echo(f"serving at {url}  (documentation at {url}/docs, Ctrl-C stops)")
+    typer.echo(f"serving at {url}  (live page at {url}/, documentation at {url}/docs, Ctrl-C stops)")
     for name, family in named_families(config).items():
         embeds = family.manifest.task.kind is TaskKind.EMBED
         path = "/v1/embeddings" if embeds else "/classify"
