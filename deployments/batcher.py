@@ -182,11 +182,10 @@ class Batcher:
         )
 
     def _withdraw(self, ticket: Ticket) -> None:
-        if not ticket.future.done():
-            self.stats.withdrawn += 1
-            ticket.future.cancel()
+        ticket.future.cancel()
         if ticket.waiting:
             # What is under way is settled when its batch is back.
+            self.stats.withdrawn += 1
             self._leave(ticket)
 
     def _leave(self, ticket: Ticket) -> None:
@@ -256,18 +255,30 @@ class Batcher:
     def _take(self) -> list[Ticket]:
         if self._must_wait():
             return []
+        chosen: list[Ticket] = []
+        while not chosen and (turn := self._next_in_turn()):
+            # A client that has just gone is still listed until its own task has run.
+            chosen = [ticket for ticket in turn if not self._is_gone(ticket)]
+        if chosen:
+            self._under_way.append(chosen)
+        return chosen
+
+    def _is_gone(self, ticket: Ticket) -> bool:
+        if not ticket.future.done():
+            return False
+        self.stats.withdrawn += 1
+        self._leave(ticket)
+        return True
+
+    def _next_in_turn(self) -> list[Ticket]:
         single = next(iter(self._singles), None)
         if single is not None:
             self._singles.discard(single)
             self.queue.take_one(single)
-            chosen = [single]
-        else:
-            taken = self.queue.take(time.monotonic(), self.speed, self._lowest())
-            self._refuse_late(taken.late)
-            chosen = [ticket for ticket in taken.batch if isinstance(ticket, Ticket)]
-        if chosen:
-            self._under_way.append(chosen)
-        return chosen
+            return [single]
+        taken = self.queue.take(time.monotonic(), self.speed, self._lowest())
+        self._refuse_late(taken.late)
+        return [ticket for ticket in taken.batch if isinstance(ticket, Ticket)]
 
     def _refuse_late(self, late: Iterable[Entry]) -> None:
         for ticket in late:
