@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from fettle import __version__
+from fettle.certificates import certify
 from fettle.family import (
     FAMILY_FILE,
     MANIFEST_FILE,
@@ -26,22 +28,29 @@ from fettle.manifest import (
     BatchInvariance,
     DataSplit,
     FamilyManifest,
+    Gate,
     Hardware,
     Head,
     LatencyCell,
     LatencyTable,
+    Level,
     Measurements,
+    OperatingPoint,
+    Outcome,
     PassRecord,
     Precision,
     Quality,
     Runtime,
     Source,
+    Stage,
+    Step,
     Task,
     TaskKind,
     TokenizerSpec,
     VariantEntry,
     VariantManifest,
 )
+from fettle.points import fingerprint
 from fettle.store import sha256_bytes
 
 PAD, UNKNOWN, CLS, SEP = 0, 1, 2, 3
@@ -53,11 +62,16 @@ HARDWARE = Hardware(processor="fake", cores=1, memory_bytes=1 << 30)
 
 @dataclass(frozen=True)
 class FakeVariant:
+    """See `workers.fake`. An early one of several `stages` has read only the beginning of a row."""
+
     id: str = "fake"
     ms_per_call: float = 0.0
     ms_per_token: float = 0.0
     fail_on_token: int | None = None
     exit_on_token: int | None = None
+    corrupt_every: int | None = None
+    tokens_read: int | None = None
+    stages: int = 1
     disagreement: float = 0.0
     invariant: bool = True
 
@@ -100,6 +114,7 @@ def make_fake_family(
     variants: Sequence[FakeVariant] = (FakeVariant(),),
     default: str | None = None,
     max_length: int = 64,
+    points: Sequence[OperatingPoint] = (),
 ) -> Family:
     """Write a family of fake variants into `directory` and open it. The first variant is the reference."""
     task = task or classify_task()
@@ -122,9 +137,58 @@ def make_fake_family(
         data={"test": DataSplit(rows=100, sha256=sha256_bytes(b"test"), labelled=False)},
         hardware=HARDWARE,
         variants=entries,
+        points=list(points),
+        levels=[Level(alpha=point.certificate.alpha, point=point.id) for point in points],
     )
     write_manifest(directory / FAMILY_FILE, manifest)
     return Family.open(directory)
+
+
+def make_step(variant: str, *thresholds: float) -> Step:
+    """A step with a gate for each stage; one that takes everything if no threshold is given."""
+    return Step(variant=variant, gates=[Gate(threshold=threshold) for threshold in thresholds or (0.0,)])
+
+
+def make_point(id: str, alpha: float, *steps: Step, cost: float = 1.0) -> OperatingPoint:
+    """A point that passed its test with errors to spare. On `test` each open gate took half of what was left."""
+    rows, errors = math.ceil(400 / alpha), 300
+    answered, left = [], 1.0
+    for step in steps:
+        answered.append([0.0] * len(step.gates))
+        for stage, gate in enumerate(step.gates):
+            if gate.threshold <= 1:
+                answered[-1][stage] = left if gate.threshold == 0 else left / 2
+                left -= answered[-1][stage]
+    answered[-1][-1] += left
+    return OperatingPoint(
+        id=id,
+        steps=list(steps),
+        certificate=certify(errors, rows, alpha, 0.05),
+        expected_cpu_ms=cost,
+        tuned_disagreement=0.7 * alpha,
+        test=Outcome(
+            rows=1000,
+            errors=round(750 * alpha),
+            disagreement=0.75 * alpha,
+            answered=answered,
+            cpu_ms_per_row=cost,
+            reference_cpu_ms_per_row=10.0,
+        ),
+    )
+
+
+def renewed(point: OperatingPoint) -> OperatingPoint:
+    """The same way to answer with a new certificate, and so another fingerprint, as `fettle recertify` makes it."""
+    found = point.certificate
+    again = certify(found.errors + 1, found.rows + 1, found.alpha, found.delta)
+    made = point.model_copy(update={"certificate": again.model_copy(update={"source": "traffic"})})
+    assert fingerprint(made) != fingerprint(point)
+    return made
+
+
+def give_points(directory: Path, points: Sequence[OperatingPoint]) -> None:
+    """Replace the points of a family on the disk."""
+    change_json(directory / FAMILY_FILE, points=[point.model_dump(mode="json") for point in points])
 
 
 def change_json(path: Path, **changes: object) -> None:
@@ -147,11 +211,18 @@ def _write_variant(directory: Path, variant: FakeVariant, task: Task, spec: Toke
     folder = variant_directory(directory, variant.id)
     folder.mkdir(parents=True)
     (folder / "weights.bin").write_bytes(variant.id.encode() * 100)
+    stages = []
+    if variant.stages > 1:
+        stages = [Stage(file=f"stage{number}.bin", layers=number + 1) for number in range(variant.stages)]
+    for stage in stages:
+        (folder / stage.file).write_bytes(f"{variant.id} {stage.file}".encode() * 100)
     parameters = {
         "ms_per_call": variant.ms_per_call,
         "ms_per_token": variant.ms_per_token,
         "fail_on_token": variant.fail_on_token,
         "exit_on_token": variant.exit_on_token,
+        "corrupt_every": variant.corrupt_every,
+        "tokens_read": variant.tokens_read,
     }
     manifest = VariantManifest(
         id=variant.id,
@@ -161,6 +232,7 @@ def _write_variant(directory: Path, variant: FakeVariant, task: Task, spec: Toke
         tokenizer=spec,
         task=task,
         files=record_files(folder),
+        stages=stages,
         measured=_measured(variant, spec.max_length),
     )
     return VariantEntry(id=variant.id, manifest_sha256=write_manifest(folder / MANIFEST_FILE, manifest))
@@ -176,6 +248,7 @@ def _measured(variant: FakeVariant, max_length: int) -> Measurements:
         ),
         latency=latency_table(variant, max_length),
         typical_length=min(16, max_length),
+        stage_cpu_ms=[1.0] * variant.stages if variant.stages > 1 else [],
         peak_memory_bytes=100 << 20,
         load_seconds=0.01,
         seconds=1.0,

@@ -1,40 +1,59 @@
-"""The HTTP API in this process: the real router, batchers and tokenizer over fake engines, without Ray."""
+"""The HTTP API in this process: the real router, batchers and tokenizer over fake engines, without Ray.
+
+The monitor is the real one too, where one is given; it is told what the tests tell it to be (`Router.watch.report`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx
 from fastapi import FastAPI
 
 from deployments.api import build_api
 from deployments.batcher import Batcher
-from deployments.router import Router, ServedFamily
-from fettle.config import LimitConfig
+from deployments.monitor import Monitor
+from deployments.router import Client, Router
+from deployments.served import ServedFamily
+from deployments.telemetry import Telemetry
+from deployments.watch import Send, Watch
+from fettle.config import FamilyConfig, GearConfig, LimitConfig, MonitorConfig
 from fettle.family import Family
-from fettle.policy import BatchBounds
-from fettle.rows import Outputs, Rows
-from fettle.tokenizer import Tokenizer
+from fettle.rows import Exits, Outputs, Rows
+from fettle.scheduling import BatchBounds, Queue
 from workers.engine import Engine, open_engine
 
 MAX_QUEUE_S = 1.0
+ROUTER = "router-1"
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineSlots:
-    """A replica that is always free."""
+    """One replica that runs one batch at a time, while `gate` is open; `batches` are the sizes of those it ran."""
 
     engine: Engine
     replicas: int = 1
+    batches: list[int] = field(default_factory=list)
+    free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
 
     @asynccontextmanager
     async def reserve(self) -> AsyncIterator[EngineSlots]:
-        yield self
+        async with self.free:
+            yield self
 
-    async def run(self, rows: Rows) -> Outputs:
-        return self.engine.run(rows)
+    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
+        self.batches.append(len(rows))
+        # Others get a turn, as they do while a real replica works.
+        await asyncio.sleep(0)
+        await self.gate.wait()
+        return self.engine.run(rows, exits)
 
 
 class FlatCost:
@@ -42,22 +61,54 @@ class FlatCost:
         return 1.0
 
 
-def make_router(families: Sequence[Family], limits: LimitConfig | None = None) -> Router:
-    """All variants of the families, each behind a batcher of its own."""
+def slots_of(router: Router, family: str, variant: str) -> EngineSlots:
+    slots = router.families[family].batchers[variant].slots
+    assert isinstance(slots, EngineSlots)
+    return slots
+
+
+def make_router(
+    families: Sequence[Family],
+    limits: LimitConfig | None = None,
+    *,
+    settings: Mapping[str, FamilyConfig] | None = None,
+    gears: GearConfig | None = None,
+    classes: Mapping[str, float] | None = None,
+    send: Send | None = None,
+    share: float = 0.0,
+    id: str = ROUTER,
+) -> Router:
+    """All variants of the families, each behind a batcher of its own. `settings` by family; `send` is the monitor's."""
+    gears = gears or GearConfig()
     served = {}
     for family in families:
-        batchers = {
-            name: Batcher(
-                slots=EngineSlots(open_engine(family.variant_path(name))),
-                cost=FlatCost(),
-                bounds=BatchBounds(rows=16, tokens=1024, max_age_s=0.1),
-                max_queue_s=MAX_QUEUE_S,
-            )
-            for name in family.variants
-        }
-        tokenizer = Tokenizer(family.tokenizer_path, family.manifest.tokenizer)
-        served[family.name] = ServedFamily(family.name, family, tokenizer, batchers, family.manifest.default)
-    return Router(served, limits or LimitConfig())
+        own = (settings or {}).get(family.name) or FamilyConfig(path=str(family.directory))
+        batchers = {name: make_batcher(family, name) for name in own.variants or family.variants}
+        served[family.name] = made = ServedFamily.of(own, family.name, family, batchers, gears)
+        for batcher in batchers.values():
+            batcher.calm = made.is_calm
+    telemetry = Telemetry()
+    watch = Watch(id, served, telemetry, send, share, seed=1)
+    return Router(served, limits or LimitConfig(), classes or {}, telemetry, watch, id)
+
+
+def make_batcher(family: Family, variant: str) -> Batcher:
+    return Batcher(
+        slots=EngineSlots(open_engine(family.variant_path(variant))),
+        cost=FlatCost(),
+        queue=Queue(BatchBounds(rows=16, tokens=1024, max_age_s=0.1)),
+        max_queue_s=MAX_QUEUE_S,
+        stages=family.variant(variant).exits + 1,
+    )
+
+
+@asynccontextmanager
+async def monitoring(families: Sequence[Family], config: MonitorConfig | None = None) -> AsyncIterator[Monitor]:
+    monitor = Monitor({family.name: str(family.directory) for family in families}, config or MonitorConfig())
+    try:
+        yield monitor
+    finally:
+        await monitor.close()
 
 
 def client_of(app: FastAPI, **headers: str) -> httpx.AsyncClient:
@@ -66,5 +117,7 @@ def client_of(app: FastAPI, **headers: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://fettle", headers=headers)
 
 
-def make_app(families: Sequence[Family], *, api_keys: Sequence[str] = (), limits: LimitConfig | None = None) -> FastAPI:
-    return build_api(make_router(families, limits), api_keys)
+def make_app(
+    families: Sequence[Family], *, clients: Mapping[str, Client] | None = None, limits: LimitConfig | None = None
+) -> FastAPI:
+    return build_api(make_router(families, limits), clients)

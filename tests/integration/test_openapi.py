@@ -27,7 +27,7 @@ CHECKS = [
     negative_data_rejection,
 ]
 POSTED = ["/v1/embeddings", "/classify", "/embed", "/predict", "/tokenize"]
-READ = ["/v1/models", "/info", "/health", "/ready"]
+READ = ["/v1/models", "/info", "/quality", "/stats", "/health", "/ready"]
 EXAMPLES = 60
 
 

@@ -118,7 +118,7 @@ async def test_unknown_paths_and_methods_have_the_error_shape(served: Service):
 
 async def test_ready_and_documented(served: Service):
     async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
-        for path in ("/health", "/ready", "/docs", "/openapi.json", "/v1/models"):
+        for path in ("/", "/health", "/ready", "/docs", "/openapi.json", "/v1/models", "/quality", "/stats"):
             assert (await client.get(path)).status_code == 200
 
 
@@ -130,7 +130,7 @@ async def test_rays_dashboard_shows_the_deployments_and_their_autoscaling(served
     assert application["status"] == "RUNNING"
     deployments = application["deployments"]
     variants = {"sections.fp32", "sections.fragile", "emb.int8", "emb.slow"}
-    assert set(deployments) == {*variants, "RouterIngress"}
+    assert set(deployments) == {*variants, "RouterIngress", "Monitor"}
     for name in variants:
         assert deployments[name]["status"] == "HEALTHY"
         assert len(deployments[name]["replicas"]) == 2

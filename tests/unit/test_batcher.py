@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 
 from deployments import batcher as module
-from deployments.batcher import MAX_LOSSES, Answered, Batcher, SlotLostError
-from fettle.errors import EngineError, FettleError, OverloadedError, UnavailableError
-from fettle.policy import BatchBounds
-from fettle.rows import Outputs, Row, Rows
+from deployments.batcher import MAX_LOSSES, Batcher, SlotLostError
+from deployments.tickets import Answered, Leg, Terms
+from fettle.errors import DeadlineError, EngineError, FettleError, UnavailableError
+from fettle.points import NEVER as NO_EXIT
+from fettle.rows import Exits, Outputs, Row, Rows
+from fettle.scheduling import NEVER, BatchBounds, Priority, Queue
 
 pytestmark = pytest.mark.anyio
 
 NEVER_S = 1e9
+SOMEBODY = Terms(0.0)
 # A test that waits this long waits for something that never comes.
 PATIENCE_S = 30.0
 
@@ -69,7 +74,7 @@ class LocalSlot:
     def __init__(self, slots: LocalSlots) -> None:
         self._slots = slots
 
-    async def run(self, rows: Rows) -> Outputs:
+    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
         numbers = numbers_of(rows)
         self._slots.calls.append(numbers)
         await self._slots.gate.wait()
@@ -84,11 +89,14 @@ class TokenCost:
 
 def make(slots: LocalSlots, *, rows: int = 64, tokens: int = 10_000, max_age_s: float = NEVER_S) -> Batcher:
     bounds = BatchBounds(rows=rows, tokens=tokens, max_age_s=max_age_s)
-    return Batcher(slots=slots, cost=TokenCost(), bounds=bounds, max_queue_s=1.0)
+    return Batcher(slots=slots, cost=TokenCost(), queue=Queue(bounds), max_queue_s=1.0)
 
 
-def ask(batcher: Batcher, *rows: Row) -> asyncio.Task[list[Answered]]:
-    return asyncio.get_running_loop().create_task(batcher.answer(rows))
+def ask(batcher: Batcher, *rows: Row, leg: Leg | None = None, **terms: Any) -> asyncio.Task[list[Answered]]:
+    """A request; `terms` beside its arrival, `within_s` for its deadline."""
+    now = time.monotonic()
+    deadline = now + terms.pop("within_s", NEVER)
+    return asyncio.get_running_loop().create_task(batcher.answer(rows, Terms(now, deadline, **terms), leg))
 
 
 async def settle() -> None:
@@ -111,8 +119,11 @@ async def failure(task: asyncio.Task[list[Answered]]) -> BaseException:
 
 def assert_empty(batcher: Batcher) -> None:
     assert batcher.depth == 0
-    assert batcher._work_ms == pytest.approx(0.0, abs=1e-9)
-    assert batcher.backlog_s == pytest.approx(0.0, abs=1e-9)
+    assert [batcher.queue.work_ms(priority) for priority in Priority] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert batcher.queue._under_way_ms == pytest.approx(0.0, abs=1e-9)
+    assert not batcher.queue._admitted
+    assert not batcher._singles
+    assert not batcher._under_way
 
 
 async def test_one_row_in_an_idle_system_goes_out_at_once_and_alone():
@@ -385,7 +396,7 @@ class ReplicaPlace:
         self._replicas = replicas
         self.replica = name
 
-    async def run(self, rows: Rows) -> Outputs:
+    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
         numbers = numbers_of(rows)
         held = self._replicas.held[self.replica]
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -446,7 +457,7 @@ async def test_an_engine_that_returns_too_few_rows_leaves_nobody_waiting():
             class Slot:
                 replica = "r"
 
-                async def run(self, rows: Rows) -> Outputs:
+                async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
                     return Outputs(np.zeros((len(rows) - 1, 1), np.float32), 1.0)
 
             yield Slot()
@@ -488,24 +499,25 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back():
     batcher = make(slots)
     first = ask(batcher, row(0, 1))
     await settle()
-    batcher.check_room()
+    assert batcher.has_room(SOMEBODY)
     # 0.1 ms a token: 30,000 tokens are 3 s of work for a limit of 1 s.
     big = ask(batcher, *(row(number, 1000) for number in range(1, 31)))
     await settle()
-    with pytest.raises(OverloadedError) as refused:
-        batcher.check_room()
-    assert refused.value.retry_after_s == 3
+    assert not batcher.has_room(SOMEBODY)
+    refused = batcher.overloaded(SOMEBODY)
+    assert refused.retry_after_s == 3
+    assert "the limit is 1 s" in refused.message
     assert batcher.stats.refused == 1
     big.cancel()
     await settle()
-    batcher.check_room()
+    assert batcher.has_room(SOMEBODY)
     slots.gate.set()
     await answers(first)
 
 
 async def test_a_request_larger_than_the_limit_is_answered_by_an_idle_system():
     batcher = make(LocalSlots(), rows=8)
-    batcher.check_room()
+    assert batcher.has_room(SOMEBODY)
     many = [row(number, 1000) for number in range(30)]
     assert await answers(ask(batcher, *many)) == [[*range(30)]]
 
@@ -548,6 +560,161 @@ async def test_the_counters_tell_what_happened():
     assert batcher.stats.infer_ms == 2.0
 
 
+# Deadlines, priorities, exits.
+
+
+async def test_what_cannot_be_in_time_is_refused_at_once_and_costs_nothing():
+    slots = LocalSlots()
+    batcher = make(slots)
+    error = await failure(ask(batcher, row(1, 100), within_s=0.005))
+    assert isinstance(error, DeadlineError)
+    assert slots.calls == []
+    assert batcher.stats.late == 1
+    assert await answers(ask(batcher, row(2, 100), within_s=30.0)) == [[2]]
+    assert_empty(batcher)
+
+
+async def test_rows_that_became_late_while_they_waited_are_not_run():
+    slots = LocalSlots()
+    slots.gate.clear()
+    batcher = make(slots)
+    first = ask(batcher, row(0))
+    await settle()
+    late, patient = ask(batcher, row(1), within_s=0.02), ask(batcher, row(2))
+    await asyncio.sleep(0.03)
+    slots.gate.set()
+    assert await answers(first, patient) == [[0], [2]]
+    assert isinstance(await failure(late), DeadlineError)
+    assert slots.calls == [[0], [2]]
+    assert batcher.stats.late == 1
+    assert_empty(batcher)
+
+
+async def test_the_earliest_deadline_goes_first():
+    slots = LocalSlots()
+    slots.gate.clear()
+    batcher = make(slots, rows=1)
+    batcher.max_queue_s = 10.0
+    tasks = [ask(batcher, row(0))]
+    await settle()
+    for number, within_s in enumerate([90.0, 7.0, 12.0, 8.0], start=1):
+        tasks.append(ask(batcher, row(number), within_s=within_s))
+    await settle()
+    slots.gate.set()
+    await answers(*tasks)
+    # A row that has time is as urgent as the longest admissible wait, 10 s, makes it.
+    assert slots.calls == [[0], [2], [4], [1], [3]]
+
+
+async def test_admitted_rows_are_not_asked_again_whether_they_fit(monkeypatch):
+    batcher = make(LocalSlots())
+    monkeypatch.setattr(Queue, "can_promise", lambda *_: False)
+    assert isinstance(await failure(ask(batcher, row(1), within_s=5.0)), DeadlineError)
+    assert await answers(ask(batcher, row(1), leg=Leg(admitted=True), within_s=5.0)) == [[1]]
+
+
+async def test_what_later_steps_will_take_is_kept_free_before_the_deadline():
+    batcher = make(LocalSlots())
+    assert await answers(ask(batcher, row(1), leg=Leg(reserve_s=1.0), within_s=30.0)) == [[1]]
+    assert isinstance(await failure(ask(batcher, row(2), leg=Leg(reserve_s=30.0), within_s=30.0)), DeadlineError)
+
+
+async def test_a_row_costs_the_share_of_a_run_that_it_takes_on_average():
+    slots = LocalSlots()
+    slots.gate.clear()
+    batcher = make(slots)
+    task = ask(batcher, row(1, 100), leg=Leg(share=0.25))
+    await settle()
+    assert batcher.queue.work_ms() == pytest.approx(2.5)
+    slots.gate.set()
+    await answers(task)
+
+
+async def test_lower_priorities_wait_for_a_gap():
+    slots = LocalSlots(places=2)
+    slots.gate.clear()
+    batcher = make(slots)
+    batcher.calm = lambda: calm
+    calm = False
+    first = ask(batcher, row(0))
+    await settle()
+    filler = [ask(batcher, row(1), priority=Priority.BATCH), ask(batcher, row(2), priority=Priority.SHADOW)]
+    await settle()
+    assert slots.calls == [[0]], "the one replica is busy, even if it has a place left"
+    slots.gate.set()
+    assert await answers(first) == [[0]]
+    await settle()
+    assert slots.calls == [[0]], "idle, but the system is not calm"
+    later = ask(batcher, row(3))
+    assert await answers(later) == [[3]]
+    calm = True
+    assert await answers(*filler) == [[1], [2]]
+    assert slots.calls == [[0], [3], [1], [2]]
+    assert_empty(batcher)
+
+
+async def test_the_work_of_lower_priorities_is_no_load():
+    slots = LocalSlots()
+    batcher = make(slots)
+    batcher.calm = lambda: False
+    waiting = ask(batcher, *(row(number, 1000) for number in range(20)), priority=Priority.BATCH)
+    await settle()
+    assert batcher.backlog_s == 0
+    assert batcher.has_room(SOMEBODY)
+    assert batcher.queue.work_ms(Priority.BATCH) == pytest.approx(2000)
+    waiting.cancel()
+    await settle()
+    assert_empty(batcher)
+
+
+class Noting(LocalSlots):
+    """Keeps the exits of each batch, and says where rows left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exits: list[Exits | None] = []
+
+    @asynccontextmanager
+    async def reserve(self) -> AsyncIterator[Noting]:  # type: ignore[override]
+        async with self.free:
+            yield self
+
+    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
+        numbers = numbers_of(rows)
+        self.calls.append(numbers)
+        self.exits.append(exits)
+        await self.gate.wait()
+        values = np.array(numbers, np.float32)[:, None]
+        stages = np.array(numbers, np.int8) % 3
+        return Outputs(values, 1.0, stages, None if exits is None else np.tile(values / 100, (1, 2)))
+
+
+def gates(*thresholds: float) -> Leg:
+    return Leg(gates=(np.array(thresholds, np.float32), np.full(len(thresholds), 1.5, np.float32)))
+
+
+async def test_rows_of_several_points_share_a_batch_each_with_its_own_exits():
+    slots = Noting()
+    slots.gate.clear()
+    batcher = make(slots)
+    batcher.stages = 3
+    first = ask(batcher, row(0))
+    await settle()
+    tasks = [ask(batcher, row(1), leg=gates(0.5, 0.25)), ask(batcher, row(2)), ask(batcher, row(4), leg=gates(0.75, 1))]
+    await settle()
+    slots.gate.set()
+    await answers(first)
+    found = [(await task)[0] for task in tasks]
+    assert slots.calls == [[0], [1, 2, 4]]
+    none, mixed = slots.exits
+    assert none is None
+    assert mixed is not None
+    assert mixed.thresholds.tolist() == [[0.5, 0.25], [NO_EXIT, NO_EXIT], [0.75, 1]]
+    assert mixed.temperatures.tolist() == [[1.5, 1.5], [1, 1], [1.5, 1.5]]
+    assert [answer.stage for answer in found] == [1, 2, 1]
+    assert [answer.scores.tolist() for answer in found] == np.float32([[0.01] * 2, [0.02] * 2, [0.04] * 2]).tolist()
+
+
 class Storm:
     """Losses, refusals, engine errors and bugs, drawn from a seed; remembers who was run, and when."""
 
@@ -571,7 +738,7 @@ class Storm:
             if self.random.random() < 0.03:
                 raise SlotLostError("gone while releasing")
 
-    async def run(self, rows: Rows) -> Outputs:
+    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
         numbers = numbers_of(rows)
         self.run_in_vain += [number for number in numbers if number in self.gone]
         await self._pause()
@@ -608,7 +775,7 @@ async def test_every_row_leaves_exactly_once_in_a_storm(seed: int, monkeypatch):
             for _ in range(patience):
                 await asyncio.sleep(0)
             # What is cancelled here may be running already; what still waits must never run.
-            waiting = {int(ticket.row.ids[0]) for ticket in batcher._waiting.values()} & set(numbers)
+            waiting = {int(ticket.row.ids[0]) for ticket in batcher.queue} & set(numbers)
             if task.cancel():
                 storm.gone |= waiting
         [outcome] = await asyncio.gather(task, return_exceptions=True)

@@ -10,17 +10,19 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from deployments.batcher import Batcher
-from deployments.router import Router
+from deployments.router import Client, Router
 from fettle.config import LimitConfig
 from fettle.errors import FettleError
 from fettle.family import Family
+from fettle.manifest import TaskKind
+from fettle.scheduling import Queue
 from tests.fakes import FakeVariant, classify_task, embed_task, make_fake_family, token_id
 from tests.inprocess import client_of, make_app, make_router
 
 pytestmark = pytest.mark.anyio
 
 KEY = "a-key-of-some-length"
+CLIENTS = {"another-key": Client("another"), KEY: Client("somebody")}
 MANY = 10_000
 # What each path takes, with one place for the inputs.
 BODIES = {
@@ -292,14 +294,12 @@ async def test_a_wrong_method(client, path, method):
     assert response.headers["allow"] == "POST"
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/info", "/v1/models"])
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/info", "/quality", "/stats", "/v1/models"])
 async def test_posting_where_there_is_nothing_to_post(client, path):
     assert_error(await client.post(path, json={}), 405)
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/nowhere", "/v1", "/v1/embeddings/", "/classify/x", "/%00", "/é", "//", "/health/"]
-)
+@pytest.mark.parametrize("path", ["/nowhere", "/v1", "/v1/embeddings/", "/classify/x", "/%00", "/é", "/health/"])
 async def test_an_unknown_path(client, path):
     assert_error(await client.get(path), 404, 405)
     assert_error(await client.post(path, json={"input": "fox"}), 404, 405)
@@ -323,7 +323,8 @@ async def test_a_bug_is_a_500_in_the_same_shape_and_tells_nothing(families, monk
 
 
 async def test_an_overloaded_service_says_when_to_come_back(families, monkeypatch):
-    monkeypatch.setattr(Batcher, "backlog_s", property(lambda self: 3.2))
+    monkeypatch.setattr(Queue, "has_room", lambda self, *asked: False)
+    monkeypatch.setattr(Queue, "work_ms", lambda self, *asked: 3200.0)
     async with client_of(make_app(families)) as client:
         for path in ("/v1/embeddings", "/classify", "/embed", "/predict"):
             response = await post_inputs(client, path, "fox")
@@ -374,17 +375,20 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_bug(families
 
 # Keys.
 
-PROTECTED = ["/docs", "/openapi.json", "/info", "/ready", "/v1/models", "/nowhere", "/health/", "//health", "/HEALTH"]
+PROTECTED = [
+    "/docs", "/openapi.json", "/info", "/ready", "/v1/models", "/quality", "/stats", "/nowhere", "/page.html",
+    "/health/", "/x/health", "/HEALTH",
+]  # fmt: skip
 
 
 @pytest.fixture
 async def guarded(families: list[Family]) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(make_app(families, api_keys=["another-key", KEY])) as client:
+    async with client_of(make_app(families, clients=CLIENTS)) as client:
         yield client
 
 
 @pytest.mark.parametrize("path", PROTECTED)
-async def test_without_a_key_nothing_but_health_is_open(guarded, path):
+async def test_without_a_key_nothing_but_health_and_the_page_is_open(guarded, path):
     response = await guarded.get(path)
     error = assert_error(response, 401)
     assert error["type"] == "authentication_error"
@@ -398,8 +402,9 @@ async def test_without_a_key_no_path_answers_or_even_reads(guarded, path):
     assert_error(await guarded.delete(path), 401)
 
 
-async def test_health_needs_no_key(guarded):
-    assert (await guarded.get("/health")).status_code == 200
+@pytest.mark.parametrize("path", ["/health", "/"])
+async def test_health_and_the_page_need_no_key(guarded, path):
+    assert (await guarded.get(path)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -431,7 +436,7 @@ async def test_every_wrong_key_gets_the_same_reply(guarded, header):
 @pytest.mark.parametrize("key", [KEY, "another-key"])
 async def test_each_key_opens_every_path(guarded, key):
     headers = {"authorization": f"Bearer {key}"}
-    for path in ("/docs", "/openapi.json", "/info", "/ready", "/v1/models"):
+    for path in ("/docs", "/openapi.json", "/info", "/ready", "/v1/models", "/quality", "/stats"):
         assert (await guarded.get(path, headers=headers)).status_code == 200
     response = await guarded.post("/embed", json={"inputs": "fox"}, headers=headers)
     assert response.status_code == 200
@@ -442,7 +447,7 @@ async def test_the_scheme_of_the_key_may_be_written_in_any_case(guarded):
 
 
 async def test_no_reply_shows_a_key(guarded):
-    for path in ("/info", "/openapi.json", "/v1/models"):
+    for path in ("/info", "/openapi.json", "/v1/models", "/quality", "/stats", "/"):
         response = await guarded.get(path, headers={"authorization": f"Bearer {KEY}"})
         assert KEY not in response.text
 
@@ -450,4 +455,4 @@ async def test_no_reply_shows_a_key(guarded):
 def test_a_router_without_families_is_impossible_to_ask(tmp_path: Path):
     router = make_router([])
     with pytest.raises(FettleError):
-        router.target(None)
+        router.ask(None, TaskKind.CLASSIFY)

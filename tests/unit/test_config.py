@@ -11,7 +11,10 @@ from fettle.config import (
     BatchConfig,
     DataFiles,
     FamilyConfig,
+    GearConfig,
+    KeyConfig,
     LimitConfig,
+    MonitorConfig,
     OptimizeConfig,
     ReplicaConfig,
     ServeConfig,
@@ -41,7 +44,29 @@ def test_the_configuration_survives_json():
 
 
 def test_keys_are_not_printed():
-    assert KEY not in repr(ServeConfig(families=[FamilyConfig(path="a")], api_keys=[KEY]))
+    config = ServeConfig(families=[FamilyConfig(path="a")], api_keys=[KEY])
+    assert KEY not in repr(config)
+    assert KEY not in repr(config.api_keys)
+
+
+def test_a_bare_key_has_no_limits_and_is_called_by_its_place():
+    given = [KEY, {"key": "another-key", "name": "ann", "weight": 2, "max_concurrent": 8, "tokens_per_second": 1e4}]
+    config = ServeConfig.model_validate({"family": "a", "api_keys": given})
+    assert config.api_keys == [
+        KeyConfig(key=KEY, name="key-1"),
+        KeyConfig(key="another-key", name="ann", weight=2.0, max_concurrent=8, tokens_per_second=1e4),
+    ]
+    assert ServeConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_classes_have_names():
+    config = ServeConfig.model_validate({"family": "a", "classes": {"gold": 0.005, "bulk": 0.05}})
+    assert config.classes == {"gold": 0.005, "bulk": 0.05}
+
+
+@pytest.mark.parametrize("default", [0.02, "exact", 0, 1])
+def test_a_family_has_a_default_class(default):
+    assert FamilyConfig.model_validate({"path": "a", "max_disagreement": default}).max_disagreement == default
 
 
 @pytest.mark.parametrize(
@@ -63,6 +88,20 @@ def test_keys_are_not_printed():
         {"families": [{"path": "a", "name": "with space"}]},
         {"families": [{"path": "a", "variants": ["../x"]}]},
         {"families": [{"path": "a", "variant": "x"}]},
+        {"families": [{"path": "a", "max_disagreement": 1.5}]},
+        {"families": [{"path": "a", "max_disagreement": "gold"}]},
+        {"family": "a", "api_keys": [KEY, KEY]},
+        {"family": "a", "api_keys": [{"key": KEY, "name": "x"}, {"key": "another-key", "name": "x"}]},
+        {"family": "a", "api_keys": [{"key": KEY, "name": "x", "weight": 0}]},
+        {"family": "a", "api_keys": [{"key": KEY, "name": "x", "max_concurrent": 0}]},
+        {"family": "a", "api_keys": [{"key": KEY}]},
+        {"family": "a", "api_keys": KEY},
+        {"family": "a", "classes": {"gold": 2}},
+        {"family": "a", "classes": {"with space": 0.1}},
+        {"family": "a", "gears": {"up": 0.3, "down": 0.3}},
+        {"family": "a", "gears": {"dwell_s": 0}},
+        {"family": "a", "monitor": {"share": 1.1}},
+        {"family": "a", "monitor": {"delta": 0}},
     ],
     ids=repr,
 )
@@ -75,7 +114,7 @@ def test_scaling_to_zero_is_allowed():
     assert ReplicaConfig(min_replicas=0, max_replicas=1).min_replicas == 0
 
 
-@pytest.mark.parametrize("model", [BatchConfig, LimitConfig, ReplicaConfig])
+@pytest.mark.parametrize("model", [BatchConfig, GearConfig, LimitConfig, MonitorConfig, ReplicaConfig])
 def test_everything_has_a_default_and_nothing_changes_afterwards(model):
     settings = model()
     with pytest.raises(ValidationError):
