@@ -1,8 +1,8 @@
 """`fettle demo`: the main job from end to end on real data, in a few minutes on two cores, without the network.
 
-Fine-tunes a classifier, optimizes it and the embedding model it came from, answers texts at every certified level
-without a server, serves both families on Ray, asks every served variant real questions over HTTP, compares each answer
-with the reference's and with the variant's own offline answer, and prints tables and one JSON line.
+Fine-tunes a classifier, optimizes it and the embedding model it came from, serves both families on Ray, asks every
+served variant and every quality class real questions over HTTP, compares each answer with the reference's and with what
+the same variant or operating point answers without a server, and prints tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import shlex
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from examples.finetune import Recipe, base_model, finetune, read_rows, split_pat
 from fettle.answers import Floats, disagreements
 from fettle.config import DataFiles, FamilyConfig, OptimizeConfig, ReplicaConfig, ServeConfig
 from fettle.family import Family
+from fettle.local import LocalFamily
 from fettle.manifest import TaskKind
 from fettle.rows import Row, Rows, in_batches
 from fettle.tokenizer import Tokenizer
@@ -75,20 +77,23 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Certified:
-    """One level of the classifier's table: what answers it, and how many of the questions it answered as promised.
+class Asked:
+    """One quality class of the classifier, over HTTP. Shares are of the questions asked, in [0, 1].
 
-    `cost`: processor time of a row over that of the fp32 ONNX reference, as optimize measured it.
+    `points`: the share that each operating point (or the reference) answered, as the load had it; `bound`: the weakest
+    that a reply named, 0 for the reference's own answers; `same_as_predict`: as the same point answers without a server.
     """
 
     max_disagreement: float
-    point: str | None
-    upper_bound: float | None
-    cost: float | None
+    bound: float
+    points: dict[str, float]
+    alone_ms: float
+    requests_per_second: float
     same_as_reference: float
+    same_as_predict: float
 
 
-def run(options: DemoOptions, console: Console) -> tuple[list[Outcome], list[Certified]]:
+def run(options: DemoOptions, console: Console) -> tuple[list[Outcome], list[Asked]]:
     """Everything, with progress on `console`; what is already there from an earlier run is not made again."""
     options.directory.mkdir(parents=True, exist_ok=True)
     classifier = options.directory / "classifier"
@@ -99,8 +104,6 @@ def run(options: DemoOptions, console: Console) -> tuple[list[Outcome], list[Cer
         EMBEDDER: make_family(EMBEDDER, base_model(), options.directory, console),
     }
     rows = read_rows("test")[: options.questions]
-    with console.status("answers at every certified level, without a server"):
-        certified = answer_at_levels(families[CLASSIFIER], rows)
     served = ServeConfig(
         families=[FamilyConfig(path=str(family.directory), variants=shown(family)) for family in families.values()],
         replicas=ReplicaConfig(min_replicas=options.replicas, max_replicas=options.replicas),
@@ -108,10 +111,10 @@ def run(options: DemoOptions, console: Console) -> tuple[list[Outcome], list[Cer
     with ExitStack() as service:
         with console.status("starting Ray and the replicas"):
             url = service.enter_context(running(served, ServerOptions(port=options.port, dashboard=False)))
-        outcomes = asyncio.run(question_all(url, families, rows, options, console))
+        outcomes, asked = asyncio.run(question_all(url, families, rows, options, console))
     report(outcomes, families, options, console)
-    report_levels(certified, families[CLASSIFIER], console)
-    return outcomes, certified
+    report_classes(asked, families[CLASSIFIER], options, console)
+    return outcomes, asked
 
 
 def train(out: Path, recipe: Recipe, console: Console) -> None:
@@ -139,39 +142,17 @@ def make_family(name: str, model: Path, directory: Path, console: Console) -> Fa
     return optimize(config, Progress(console))
 
 
-def answer_at_levels(family: Family, rows: Sequence[dict[str, str]]) -> list[Certified]:
-    """The questions answered in this process, by whatever is certified for each level."""
-    texts, outcomes = [row["text"] for row in rows], []
-    with fettle.load(family.directory) as local:
-        truth = [prediction.answer for prediction in local.predict(texts, max_disagreement="exact")]
-        points = {point.id: point for point in family.manifest.points}
-        for level in sorted(family.manifest.levels, key=lambda level: level.alpha):
-            found = local.predict(texts, max_disagreement=level.alpha)
-            point = points.get(found[0].point or "")
-            test = point.test if point else None
-            same = np.mean([prediction.answer == right for prediction, right in zip(found, truth, strict=True)])
-            outcomes.append(
-                Certified(
-                    max_disagreement=level.alpha,
-                    point=point.id if point else None,
-                    upper_bound=point.certificate.upper_bound if point else None,
-                    cost=test.cpu_ms_per_row / test.reference_cpu_ms_per_row if test else None,
-                    same_as_reference=float(same),
-                )
-            )
-    return outcomes
-
-
 def shown(family: Family) -> list[str]:
-    """The reference, to see what was gained, and the most telling of its variants; each takes replicas of its own."""
-    return [name for name in SHOWN if name in family.variants]
+    """The reference, the most telling of its variants, and those of its points; each takes replicas of its own."""
+    used = [step.variant for point in family.manifest.points for step in point.steps]
+    return list(dict.fromkeys([name for name in SHOWN if name in family.variants] + used))
 
 
 async def question_all(
     url: str, families: dict[str, Family], rows: Sequence[dict[str, str]], options: DemoOptions, console: Console
-) -> list[Outcome]:
-    """Ask every served variant of every family, one variant after the other."""
-    outcomes = []
+) -> tuple[list[Outcome], list[Asked]]:
+    """Ask every served variant of every family, one variant after the other; then every class of the classifier."""
+    outcomes, asked = [], []
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=options.connections)) as client:
         info = await (await client.get("/info")).json()
         for served in info["families"]:
@@ -180,18 +161,73 @@ async def question_all(
             with console.status(f"answers of {family.name}'s reference"):
                 reference = offline(family, family.manifest.reference, tokens)
             for variant in served["variants"]:
-                with console.status(f"{len(rows)} requests to {family.name}:{variant['id']}"):
-                    answers = await question(client, family, variant["id"], rows, options)
+                model = f"{family.name}:{variant['id']}"
+                with console.status(f"{len(rows)} requests to {model}"):
+                    answers = await question(client, family, {"model": model}, rows, options)
                     own = offline(family, variant["id"], tokens)
                 outcomes.append(judge(family, variant["id"], rows, answers, reference, own))
-    return outcomes
+            if family.name == CLASSIFIER:
+                asked = await question_classes(client, family, rows, reference, options, console)
+    return outcomes, asked
+
+
+async def question_classes(
+    client: aiohttp.ClientSession,
+    family: Family,
+    rows: Sequence[dict[str, str]],
+    reference: Floats,
+    options: DemoOptions,
+    console: Console,
+) -> list[Asked]:
+    """Ask in every class that the family has a certificate for, and exactly."""
+    asked = []
+    with fettle.load(family.directory) as local:
+        for level in [0.0, *sorted(point.certificate.alpha for point in family.manifest.points)]:
+            wish = {"model": family.name, "max_disagreement": level or "exact"}
+            with console.status(f"{len(rows)} requests of class {level or 'exact'}"):
+                answers = await question(client, family, wish, rows, options)
+                asked.append(judge_class(level, family, local, rows, answers, reference))
+    return asked
+
+
+def judge_class(
+    level: float,
+    family: Family,
+    local: LocalFamily,
+    rows: Sequence[dict[str, str]],
+    answers: Answers,
+    reference: Floats,
+) -> Asked:
+    """Compare a class's answers with the reference's, and with what the points that gave them answer by themselves."""
+    said = [reply["fettle"] for reply in answers.replies]
+    points = {point.id: point for point in family.manifest.points}
+    alphas = [points[each["point"]].certificate.alpha if each["point"] else 0.0 for each in said]
+    own: dict[tuple[int, float], Any] = {}
+    for alpha in set(alphas):
+        mine = [index for index, other in enumerate(alphas) if other == alpha]
+        found = local.predict([rows[index]["text"] for index in mine], alpha)
+        own |= {(index, alpha): prediction.answer for index, prediction in zip(mine, found, strict=True)}
+    labels = [reply["data"][0]["label"] for reply in answers.replies]
+    names = Counter(each["point"] or each["variant"] for each in said)
+    return Asked(
+        max_disagreement=level,
+        bound=max(0.0 if each["bound"] == "exact" else each["bound"] for each in said),
+        points={name: count / len(said) for name, count in names.items()},
+        alone_ms=answers.alone_ms,
+        requests_per_second=answers.requests_per_second,
+        same_as_reference=float(1 - disagreements(answers.values, reference, family.manifest.task).mean()),
+        same_as_predict=float(
+            np.mean([own[key] == label for key, label in zip(enumerate(alphas), labels, strict=True)])
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """`values` float32 [rows, width] as they came over HTTP: scores, or vectors."""
+    """`values` float32 [rows, width] as they came over HTTP: scores, or vectors; and the whole `replies`."""
 
     values: Floats
+    replies: list[dict[str, Any]]
     alone_ms: float
     requests_per_second: float
 
@@ -199,16 +235,15 @@ class Answers:
 async def question(
     client: aiohttp.ClientSession,
     family: Family,
-    variant: str,
+    wish: dict[str, Any],
     rows: Sequence[dict[str, str]],
     options: DemoOptions,
 ) -> Answers:
     """First one request at a time, for the latency, then all of them from several clients, for the rate."""
 
     async def ask(text: str) -> Any:
-        model = f"{family.name}:{variant}"
         path = "/classify" if family.manifest.task.kind is TaskKind.CLASSIFY else "/v1/embeddings"
-        async with client.post(path, json={"model": model, "input": text}) as response:
+        async with client.post(path, json={**wish, "input": text}) as response:
             body = await response.read()
             if response.status != 200:
                 raise RuntimeError(f"{path} answered {response.status}: {body.decode()}")
@@ -228,12 +263,14 @@ async def question(
     started = time.perf_counter()
     await asyncio.gather(*(work(queue, replies) for _ in range(options.connections)))
     seconds = time.perf_counter() - started
-    values = np.array([_values(replies[index]) for index in range(len(rows))], np.float32)
-    return Answers(values, statistics.median(times), len(rows) / seconds)
+    read = [orjson.loads(replies[index]) for index in range(len(rows))]
+    return Answers(
+        np.array([_values(reply) for reply in read], np.float32), read, statistics.median(times), len(rows) / seconds
+    )
 
 
-def _values(body: bytes) -> list[float]:
-    (item,) = orjson.loads(body)["data"]
+def _values(reply: dict[str, Any]) -> list[float]:
+    (item,) = reply["data"]
     values: list[float] = item["probs"] if "probs" in item else item["embedding"]
     return values
 
@@ -311,24 +348,27 @@ def report(outcomes: Sequence[Outcome], families: dict[str, Family], options: De
     console.print(f"Serve both:  fettle serve {' '.join(paths)}", soft_wrap=True)
 
 
-def report_levels(levels: Sequence[Certified], family: Family, console: Console) -> None:
+def report_classes(asked: Sequence[Asked], family: Family, options: DemoOptions, console: Console) -> None:
     """What was promised, and what the questions said."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("at most changed", "answered by", "certified", "cost", "same"):
+    for name in ("at most changed", "certified", "answered by", "ms", "req/s", "same", "predict"):
         table.add_column(name, justify="left" if name == "answered by" else "right", no_wrap=True)
-    for level in levels:
+    for row in asked:
+        names = sorted(row.points, key=lambda name: -row.points[name])
         table.add_row(
-            f"{level.max_disagreement:.1%}",
-            level.point or "the reference",
-            "" if level.upper_bound is None else f"{level.upper_bound:.2%}",
-            "" if level.cost is None else f"{level.cost:.0%}",
-            f"{level.same_as_reference:.2%}",
+            f"{row.max_disagreement:.1%}" if row.max_disagreement else "exact",
+            f"{row.bound:.2%}" if row.bound else "the original",
+            ", ".join(f"{name} {row.points[name]:.0%}" for name in names[:2]),
+            f"{row.alone_ms:.1f}",
+            f"{row.requests_per_second:.0f}",
+            f"{row.same_as_reference:.2%}",
+            f"{row.same_as_predict:.2%}",
         )
     console.print(table)
     console.print(
-        "The classifier without a server, fettle.load(...).predict(texts, max_disagreement): the operating point that "
-        "answers, its certified upper bound at 95 % confidence, its processor time over that of the fp32 ONNX "
-        "reference, and the share of these questions that it answered as the reference does.",
+        "The classifier over HTTP, by what a request asked for in max_disagreement: the weakest certified bound of a "
+        f"reply (95 % confidence), the points that answered with {options.connections} clients at a time (stricter ones "
+        "while the load lets them), and the shares answered as the original does, and as fettle.load(...).predict.",
         style="dim",
     )
     console.print(f"The whole story: {family.directory / 'report.html'}", soft_wrap=True)

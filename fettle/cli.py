@@ -344,8 +344,8 @@ def demo(
     from examples.demo import DemoOptions, run
 
     options = DemoOptions(out, port=port, questions=questions, training_rows=training_rows)
-    outcomes, levels = run(options, Console(stderr=False))
-    figures = {"variants": [asdict(row) for row in outcomes], "levels": [asdict(row) for row in levels]}
+    outcomes, classes = run(options, Console(stderr=False))
+    figures = {"variants": [asdict(row) for row in outcomes], "classes": [asdict(row) for row in classes]}
     print_json({"directory": str(out), "questions": questions, **figures})
 
 
