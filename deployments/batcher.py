@@ -21,7 +21,7 @@ from deployments.tickets import Answered, Gates, Leg, Terms, Ticket
 from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
 from fettle.points import NEVER as NO_EXIT
 from fettle.rows import Exits, Outputs, Row, Rows
-from fettle.scheduling import Entry, Priority, Queue, Speed, corrected_pace, retry_after_s
+from fettle.scheduling import NEVER, Entry, Priority, Queue, Speed, corrected_pace, retry_after_s
 
 logger = logging.getLogger("ray.serve")
 
@@ -123,6 +123,13 @@ class Batcher:
         limit_s = self.max_queue_s if terms.priority is Priority.INTERACTIVE else self.max_gap_queue_s
         limit_ms = limit_s * 1000 * self.speed.replicas / self._pace
         return self.queue.has_room(terms.key, terms.weight, limit_ms, terms.priority)
+
+    def can_meet(self, terms: Terms) -> bool:
+        """Whether a request of no size at all could be in time now, as little as that says, before it is tokenized."""
+        if terms.deadline == NEVER:
+            return True
+        nothing = Entry(0, 0.0, terms.arrived, terms.deadline, terms.deadline, terms.key, terms.weight)
+        return self.queue.can_promise([nothing], time.monotonic(), self.speed)
 
     def overloaded(self, terms: Terms) -> OverloadedError:
         """The refusal where there is no room; it says when to come back."""

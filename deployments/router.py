@@ -24,7 +24,6 @@ from fettle.config import LimitConfig
 from fettle.errors import (
     DeadlineError,
     FettleError,
-    OverloadedError,
     RateLimitedError,
     RequestError,
     TooLargeError,
@@ -155,7 +154,7 @@ class Router:
         Raises:
             TooLargeError: more inputs than one request may have.
             RateLimitedError: the key's limits are reached.
-            OverloadedError: every point that may answer has a full queue.
+            OverloadedError, DeadlineError: no point that may answer has room, or time.
         """
         self.check_inputs(inputs)
         wait = asked.client.limits.wait_s(time.monotonic())
@@ -212,10 +211,11 @@ class Router:
         # Drawn before anything is known of the way or the load, so that neither decides what is looked at.
         sample = self.watch.draw(len(tokenized.rows))
         await self.watch.informed()
-        with self._counted(asked), _holding(asked.client, tokenized.tokens):
+        with _holding(asked.client, tokenized.tokens):
             way, gear = self._choose(asked)
-            async with _until(asked.terms.deadline):
-                walked = await walk(family, way, tokenized.rows, asked.terms)
+            with self._counted(asked):
+                async with _until(asked.terms.deadline):
+                    walked = await walk(family, way, tokenized.rows, asked.terms)
         degraded = asked.degraded and way.alpha > asked.quality.tolerance
         inferred = Inferred(way, gear, degraded, walked)
         self.watch.saw(family, asked.quality, way, walked, tokenized.rows, sample)
@@ -253,10 +253,11 @@ class Router:
         return Quality.of(wanted)
 
     def _choose(self, asked: Asked) -> tuple[Way, int]:
-        """The way of the present gear, or a cheaper one of the class where that has no room.
+        """The way of the present gear, or a cheaper one of the class where that has no room or no time.
 
         Raises:
-            OverloadedError: none has; says when to come back.
+            OverloadedError: none has room; says when to come back.
+            DeadlineError: those that have room cannot answer in time.
         """
         family, quality = asked.family, asked.quality
         if quality.variant is not None:
@@ -265,20 +266,25 @@ class Router:
         else:
             ways = family.menu.gears(quality.tolerance, degraded=asked.degraded)
             gear = family.gearbox.number(quality.tolerance, asked.degraded)
+        late = False
         for number in range(min(gear, len(ways) - 1), len(ways)):
-            if all(family.batchers[variant].has_room(asked.terms) for variant in ways[number].variants):
-                return ways[number], number
+            batchers = [family.batchers[variant] for variant in ways[number].variants]
+            if all(batcher.has_room(asked.terms) for batcher in batchers):
+                if batchers[0].can_meet(asked.terms):
+                    return ways[number], number
+                late = True
+        if late:
+            self.telemetry.refused(family.name, "late")
+            raise DeadlineError("no free capacity answers this before its deadline; allow more time or come back later")
         self.telemetry.refused(family.name, "overloaded")
         full = [family.batchers[v] for v in ways[-1].variants if not family.batchers[v].has_room(asked.terms)]
         raise min((batcher.overloaded(asked.terms) for batcher in full), key=lambda error: error.retry_after_s)
 
     @contextmanager
     def _counted(self, asked: Asked) -> Iterator[None]:
+        """What goes wrong on the way; refusals before it are counted where they are made."""
         try:
             yield
-        except OverloadedError:
-            # Counted where it was refused.
-            raise
         except DeadlineError:
             self.telemetry.refused(asked.family.name, "late")
             raise

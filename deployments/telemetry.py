@@ -62,7 +62,7 @@ class PointGauges:
 
 @dataclass(frozen=True, slots=True)
 class FamilyGauges:
-    """A family as its router sees it at one moment."""
+    """A family as its router sees it now; pressure above `shift_up` shifts a class, below `shift_down` back."""
 
     name: str
     task: str
@@ -71,6 +71,8 @@ class FamilyGauges:
     classes: Sequence[ClassGauges]
     variants: Sequence[VariantGauges]
     points: Sequence[PointGauges]
+    shift_up: float = 0.7
+    shift_down: float = 0.3
 
 
 @dataclass(slots=True)

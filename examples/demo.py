@@ -81,7 +81,7 @@ class Asked:
     """One quality class of the classifier, over HTTP. Shares are of the questions asked, in [0, 1].
 
     `points`: the share that each operating point (or the reference) answered, as the load had it; `bound`: the weakest
-    that a reply named, 0 for the reference's own answers; `same_as_predict`: as the same point answers without a server.
+    that a reply named, 0 for the reference's own answers; `same_as_predict`: as the same point answers alone.
     """
 
     max_disagreement: float
@@ -367,7 +367,7 @@ def report_classes(asked: Sequence[Asked], family: Family, options: DemoOptions,
     console.print(table)
     console.print(
         "The classifier over HTTP, by what a request asked for in max_disagreement: the weakest certified bound of a "
-        f"reply (95 % confidence), the points that answered with {options.connections} clients at a time (stricter ones "
+        f"reply (95 % confidence), the points that answered {options.connections} clients at a time (stricter ones "
         "while the load lets them), and the shares answered as the original does, and as fettle.load(...).predict.",
         style="dim",
     )
