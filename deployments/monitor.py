@@ -12,12 +12,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 
+from deployments.reports import MonitorReply as MonitorReply
+from deployments.reports import RouterReport as RouterReport
 from deployments.telemetry import History, merged
 from fettle.config import MonitorConfig
 from fettle.drift import DriftWatch, watch_of
@@ -31,24 +32,6 @@ logger = logging.getLogger("ray.serve")
 
 # A router that was silent for so long is gone, and so are its queues and its part in the totals.
 FORGET_AFTER_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class RouterReport:
-    """What one router has seen: its pairs and places since its last report, its telemetry in total."""
-
-    router: str
-    pairs: tuple[Pair, ...]
-    places: tuple[Places, ...]
-    snapshot: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class MonitorReply:
-    """The state of every operating point, and the telemetry of all routers together with its recent history."""
-
-    states: tuple[PointState, ...]
-    live: dict[str, Any]
 
 
 class WatchedFamily:

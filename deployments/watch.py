@@ -15,12 +15,13 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from deployments import gearbox
 from deployments.menu import Way
+from deployments.reports import MonitorReply, RouterReport
 from deployments.served import Quality, ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.tickets import Terms
@@ -33,9 +34,6 @@ from fettle.quality import Pair, Places, PointState
 from fettle.rows import Row
 from fettle.scheduling import Priority
 
-if TYPE_CHECKING:
-    from deployments.monitor import MonitorReply, RouterReport
-
 logger = logging.getLogger("ray.serve")
 
 REPORT_EVERY_S = 1.0
@@ -47,7 +45,7 @@ INFORMED_WITHIN_S = 10.0
 MOST_PENDING = 2_000
 MOST_PAIRS_REPORTED = 2_000
 
-Send = Callable[["RouterReport"], Awaitable["MonitorReply"]]
+Send = Callable[[RouterReport], Awaitable[MonitorReply]]
 
 
 @dataclass(slots=True, eq=False)
@@ -144,8 +142,6 @@ class Watch:
         """
         if self._send is None:
             return
-        from deployments.monitor import RouterReport
-
         pairs, seen = self._pairs[:MOST_PAIRS_REPORTED], self._seen
         self._seen = {}
         places = tuple(
