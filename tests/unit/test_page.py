@@ -370,6 +370,16 @@ def test_no_traffic_and_the_first_moments(tmp_path: Path):
 
 
 @needs_chromium
+def test_a_family_without_its_original(tmp_path: Path):
+    body = stats("sections")
+    [family] = body["live"]["families"]
+    family["classes"][0]["gears"] = []
+    found = look(tmp_path, {"stats": good(body), "info": good({"families": []}), "classify": good(classified())})
+    assert found["answers"].count("certified to differ") == 5
+    assert (found["overflow"], found["overlaps"]) == ([], [])
+
+
+@needs_chromium
 def test_a_service_that_is_gone_or_wants_a_key(tmp_path: Path):
     found = look(tmp_path, {})
     assert "has not answered since" in found["state"]
