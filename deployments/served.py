@@ -163,6 +163,9 @@ class ServedFamily:
         if found.manifest.variants != self.family.manifest.variants:
             logger.warning("family %s was rebuilt; restart the service to serve it as it is now", self.name)
             return False
+        if found.manifest.points == self.family.manifest.points:
+            # The monitor has seen what is not here yet; gears stay where they are.
+            return False
         self.family = found
         return True
 
