@@ -7,7 +7,7 @@ One deployment for each variant, and the router before them as the ingress.
 
 import asyncio
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.api import build_api
 from deployments.batcher import Batcher
 from deployments.border import Api
+from deployments.menu import Menu
 from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
 from deployments.router import Client, Router
 from deployments.served import ServedFamily
@@ -55,11 +56,13 @@ class RouterIngress:
         slots: dict[str, ReplicaSlots] = {}
         families = {}
         for settings, (name, family) in zip(config.families, named_families(config).items(), strict=True):
+            shares = work_shares(family, handles[name])
             batchers = {
                 variant: make_batcher(
                     family.variant(variant),
                     slots.setdefault(deployment_name(name, variant), make_slots(handle, config)),
                     config,
+                    shares[variant],
                 )
                 for variant, handle in handles[name].items()
             }
@@ -198,11 +201,29 @@ def make_slots(handle: DeploymentHandle, config: ServeConfig) -> ReplicaSlots:
     return ReplicaSlots(handle, places=config.replicas.places, share=1 / config.routers)
 
 
-def make_batcher(manifest: VariantManifest, slots: ReplicaSlots, config: ServeConfig) -> Batcher:
+def work_shares(family: Family, variants: Collection[str]) -> dict[str, float]:
+    """By variant, the share of a whole run that a row takes there on average, where its points let rows leave early."""
+    shares: dict[str, list[float]] = {variant: [] for variant in variants}
+    for way in Menu(family, variants).points:
+        for stretch in way.stretches:
+            shares[stretch.step.variant].append(stretch.share)
+    return {variant: max(found, default=1.0) for variant, found in shares.items()}
+
+
+def make_batcher(
+    manifest: VariantManifest, slots: ReplicaSlots, config: ServeConfig, work_share: float = 1.0
+) -> Batcher:
+    """The batcher before a variant. `work_share`: see `work_shares`.
+
+    A batch holds the tokens that make good use of a call, but no more than take half of the latency objective: whoever
+    comes while it runs waits for it.
+    """
     assert manifest.measured is not None
     table = manifest.measured.latency
     bounds = config.batch
-    tokens = bounds.max_tokens or latency.best_tokens_per_call(table, CALL_MS)
+    good = latency.best_tokens_per_call(table, CALL_MS)
+    soon = latency.tokens_within(table, config.gears.objective_ms / 2 / work_share)
+    tokens = bounds.max_tokens or min(good, soon)
     return Batcher(
         slots=slots,
         cost=RowCosts(table, tokens, manifest.tokenizer.max_length),

@@ -120,6 +120,8 @@ class ServedFamily:
             task=self.task.kind.value,
             reference=self.family.manifest.reference,
             objective_ms=self.gears.objective_ms,
+            shift_up=self.gears.up,
+            shift_down=self.gears.down,
             classes=[self._class_gauges(level) for level in (0.0, *self.menu.levels)],
             variants=[self._variant_gauges(name, batcher) for name, batcher in self.batchers.items()],
             points=[

@@ -105,7 +105,7 @@ class BatchConfig(Settings):
 
     max_rows: int = Field(default=64, ge=1)
     max_tokens: int | None = Field(
-        default=None, ge=1, description="padded tokens in a batch; from the latency table if None"
+        default=None, ge=1, description="padded tokens in a batch; from the latency table and objective if None"
     )
     max_age_ms: float = Field(default=100.0, gt=0, description="a row waiting longer is not passed over any more")
     max_queue_s: float = Field(

@@ -33,6 +33,12 @@ def best_tokens_per_call(table: LatencyTable, call_ms: float) -> int:
     return min(cell.batch * cell.length for cell, rate in rates.items() if rate >= NEARLY_BEST * best)
 
 
+def tokens_within(table: LatencyTable, ms: float) -> int:
+    """Padded tokens that one call does in so many milliseconds, at the best measured rate; at least one."""
+    rate = max(cell.batch * cell.length / cell.median_ms for cell in table.cells)
+    return max(1, int(rate * ms))
+
+
 def best_rows_per_second(table: LatencyTable, length: int) -> float:
     """Rows a second at `length` tokens, in the measured batch size that suits it best."""
     return max(1000 * batch / estimate_ms(table, batch, length) for batch in {cell.batch for cell in table.cells})

@@ -193,7 +193,8 @@ class Queue:
             if entry.due <= deadline:
                 continue
             before += entry.cost_ms
-            kept = now + speed.seconds(before) + speed.call_s <= entry.deadline
+            # Of the batch under way some part is done already: what may still be kept is protected.
+            kept = now + speed.seconds(before - self._under_way_ms) + speed.call_s <= entry.deadline
             if kept and now + speed.seconds(before + added) + speed.call_s > entry.deadline:
                 return False
         return True
@@ -233,45 +234,32 @@ class Queue:
 
         A batch costs its longest row times its rows, hence the lengths; the most urgent row is in every batch, so none
         waits for more batches than there are rows before it. Rows of keys that are ahead of others come last, and a
-        batch ends where one more row would make a member late.
+        batch ends where the next row would make a member late.
         """
-        ordered = self._by_need(waiting, now)
-        tokens = self.bounds.tokens if priority is Priority.INTERACTIVE else self.bounds.gap_tokens
         budget_ms = self._budget_ms(waiting)
-        # Only what keys have been given relative to each other matters here.
         served = {key: self._served[key] for key in {entry.key for entry in waiting}}
         left = _counts(waiting) if len(served) > 1 else {}
-        batch: list[Entry] = []
+        tokens = self.bounds.tokens if priority is Priority.INTERACTIVE else self.bounds.gap_tokens
+        batch = _Batch(self.bounds.rows, tokens, begins, speed)
         aside: list[Entry] = []
-        longest, work_ms, limit = 0, 0.0, NEVER
-
-        def add(entry: Entry) -> bool:
-            nonlocal longest, work_ms, limit
-            widened = max(longest, entry.length)
-            earliest = min(limit, entry.deadline)
-            if batch and (
-                widened * (len(batch) + 1) > tokens or begins + _alone_s(work_ms + entry.cost_ms, speed) > earliest
-            ):
-                return False
-            batch.append(entry)
-            longest, work_ms, limit = widened, work_ms + entry.cost_ms, earliest
-            return True
-
-        for entry in ordered:
-            if len(batch) == self.bounds.rows:
-                return batch
+        for entry in self._by_need(waiting, now):
             if left and served[entry.key] > min(served[key] for key in left) + SLACK * budget_ms / entry.weight:
                 aside.append(entry)
-            elif add(entry) and left:
-                served[entry.key] += entry.cost_ms / entry.weight
-                left[entry.key] -= 1
-                if not left[entry.key]:
-                    del left[entry.key]
+            elif batch.fits(entry):
+                if not batch.keeps(entry):
+                    return batch.entries
+                batch.add(entry)
+                if left:
+                    served[entry.key] += entry.cost_ms / entry.weight
+                    left[entry.key] -= 1
+                    if not left[entry.key]:
+                        del left[entry.key]
         for entry in aside:
-            if len(batch) == self.bounds.rows:
-                break
-            add(entry)
-        return batch
+            if batch.fits(entry):
+                if not batch.keeps(entry):
+                    break
+                batch.add(entry)
+        return batch.entries
 
     def _by_need(self, waiting: Sequence[Entry], now: float) -> list[Entry]:
         """The most urgent row first, of the key that was served least where several wait."""
@@ -306,6 +294,36 @@ class Queue:
             if not any(key in held for held in self._outstanding.values()):
                 del self._served[key]
                 self._weights.pop(key, None)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A batch as it fills, from its beginning at time `begins`."""
+
+    rows: int
+    tokens: int
+    begins: float
+    speed: Speed
+    entries: list[Entry] = field(default_factory=list)
+    longest: int = 0
+    work_ms: float = 0.0
+    limit: float = NEVER
+
+    def fits(self, entry: Entry) -> bool:
+        """Within rows and padded tokens; a first row always does."""
+        size = len(self.entries)
+        return not size or (size < self.rows and max(self.longest, entry.length) * (size + 1) <= self.tokens)
+
+    def keeps(self, entry: Entry) -> bool:
+        """Whether all rows in the batch, this one included, will be in time."""
+        done = self.begins + _alone_s(self.work_ms + entry.cost_ms, self.speed)
+        return not self.entries or done <= min(self.limit, entry.deadline)
+
+    def add(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self.longest = max(self.longest, entry.length)
+        self.work_ms += entry.cost_ms
+        self.limit = min(self.limit, entry.deadline)
 
 
 def retry_after_s(backlog_s: float, limit_s: float) -> int:
