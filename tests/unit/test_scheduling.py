@@ -552,16 +552,17 @@ def kept_promises(load: float, bounds: BatchBounds, seed: int) -> tuple[int, int
     return accepted, in_time, late
 
 
-@pytest.mark.parametrize("age_s", [MAX_AGE_S, NEVER])
-def test_accepted_promises_are_kept(age_s):
-    bounds = BatchBounds(rows=64, tokens=10**9, max_age_s=age_s)
-    for load, least in ((0.8, 0.999), (2.0, 0.97)):
+@pytest.mark.parametrize("load", [0.8, 2.0])
+def test_accepted_promises_are_kept(load):
+    """All, in order of deadlines; where rows of like length may go first, all but a few in a thousand."""
+    for age_s, least in ((NEVER, 1.0), (MAX_AGE_S, 0.995)):
+        bounds = BatchBounds(rows=64, tokens=10**9, max_age_s=age_s)
         accepted, in_time, late = map(sum, zip(*(kept_promises(load, bounds, seed) for seed in range(10)), strict=True))
         # Nothing is run in vain: what cannot make it any more is dropped, and what runs is in time.
         assert late == 0
         assert in_time >= least * accepted
-    # With twice the load, half of it can be done.
-    assert accepted > 0.5 * 10 * 300
+        # What can be done is not refused.
+        assert accepted > 0.9 * 10 * 300 / max(load, 1)
 
 
 # Figures.
