@@ -99,6 +99,9 @@ def _explained(error: ValidationError) -> RequestError:
         empty = any(problem["type"] in ("too_short", "string_too_short") for problem in problems)
         what = "must not be empty" if empty else "must be a text, a list of texts, or token ids as the API documents"
         return RequestError(f"{field}: {what}", param=field)
+    if path[:1] == ["max_disagreement"]:
+        what = "must be a share from 0 to 1, `exact`, or the name of a class"
+        return RequestError(f"max_disagreement: {what}", param="max_disagreement")
     # The first parts may name a member of a union of models, which is no field of the client's.
     where = ".".join(part for part in path if not part.endswith("Request")) or "body"
     return RequestError(f"{where}: {first['msg']}", param=where)
