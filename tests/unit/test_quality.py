@@ -267,12 +267,14 @@ def test_nothing_that_was_acknowledged_is_lost_by_sigkill(path: Path) -> None:
         process = context.Process(target=write_until_killed, args=(path, number, writing))
         process.start()
         os.close(writing)
-        time.sleep(0.02 + chance.random() * 0.15)
         assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
         with os.fdopen(reading, "rb") as file:
-            for line in file:
+            # So many batches are done, however slow the disk is, and another is under way.
+            lines = [file.readline() for _ in range(chance.randrange(40))]
+            time.sleep(chance.random() * 0.01)
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            for line in [*lines, *file]:
                 if line.endswith(b"\n"):
                     ids, latched = orjson.loads(line)
                     acknowledged.update(ids)
