@@ -6,6 +6,7 @@ One deployment for each variant, and the router before them as the ingress.
 # No `from __future__ import annotations` here: Ray reads the annotation of `build`'s argument as a class.
 
 import asyncio
+import math
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -38,6 +39,9 @@ from workers.engine import EngineOptions
 # The router's own bound is the predicted work in its queues; Serve must not queue or refuse before it.
 INGRESS_CONCURRENCY = 10_000
 TYPICAL_LENGTH = 64
+# An engine that takes every core must not keep the router from refusing, and from feeding its neighbours.
+CPU_NICENESS = 5
+MOST_NICENESS = 15
 # What a batch costs beside the engine's own time: transport and replies, on both sides (benchmarks/LOG.md).
 CALL_MS = 4.5
 
@@ -178,8 +182,20 @@ def deployment(name: str, family: Family, variant: str, config: ReplicaConfig) -
         request_router_config=RequestRouterConfig(initial_backoff_s=0.002, backoff_multiplier=2, max_backoff_s=0.01),
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=20.0,
-    ).bind(str(family.variant_path(variant).resolve()), options)
+    ).bind(str(family.variant_path(variant).resolve()), options, niceness(family, variant, config))
     return bound
+
+
+def niceness(family: Family, variant: str, config: ReplicaConfig) -> int:
+    """Replicas that share cores yield to cheaper ones: two steps for each time that a row costs twice as much.
+
+    Shortest job first, by the scheduler's weights: a flood of dear rows then delays the many cheap ones little, and is
+    itself slowed little by them. A step is a weight of 1.25, so nothing starves.
+    """
+    if config.device != "cpu":
+        return 0
+    costs = {name: _row_ms(manifest) for name, manifest in family.variants.items() if manifest.measured is not None}
+    return min(MOST_NICENESS, CPU_NICENESS + round(2 * math.log2(costs[variant] / min(costs.values()))))
 
 
 def replica_cpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
@@ -268,6 +284,11 @@ def _frontier(family: Family) -> list[str]:
     points = {}
     for name, variant in family.variants.items():
         if variant.measured is not None:
-            rate = latency.best_rows_per_second(variant.measured.latency, TYPICAL_LENGTH)
-            points[name] = (1 / rate, variant.measured.quality.disagreement)
+            points[name] = (_row_ms(variant), variant.measured.quality.disagreement)
     return policy.frontier(points)
+
+
+def _row_ms(variant: VariantManifest) -> float:
+    """A row of typical length in the batch that suits it best."""
+    assert variant.measured is not None
+    return 1000 / latency.best_rows_per_second(variant.measured.latency, TYPICAL_LENGTH)

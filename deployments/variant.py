@@ -31,7 +31,6 @@ from workers.engine import EngineOptions, open_engine
 logger = logging.getLogger("ray.serve")
 
 FOLLOW_EVERY_S = 1.0
-CPU_NICENESS = 5
 
 Floats = NDArray[np.float32]
 # Values, milliseconds, and where there are exits the stages and their scores (`fettle.rows.Outputs`); or what failed.
@@ -42,10 +41,9 @@ Reply = tuple[Floats, float, NDArray[np.int8] | None, Floats | None] | str
 class Variant:
     """Owns one loaded variant. The engine works on a thread of its own, so that health checks are always answered."""
 
-    def __init__(self, directory: str, options: EngineOptions) -> None:
-        if options.device == "cpu":
-            # An engine that takes every core must not keep the router from refusing, and from feeding its neighbours.
-            os.nice(CPU_NICENESS)
+    def __init__(self, directory: str, options: EngineOptions, niceness: int = 0) -> None:
+        # Of this thread and those that it starts, the engine's among them.
+        os.nice(niceness)
         self.engine = open_engine(Path(directory), options)
         self.engine.warm_up()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
