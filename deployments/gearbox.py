@@ -41,8 +41,10 @@ class Gearbox:
         """Take a reading for each class; call it every `EVERY_S`."""
         for (level, degraded), gear in self._gears.items():
             ways = self._menu.gears(level, degraded=degraded)
-            way = ways[min(gear.number, len(ways) - 1)]
-            self._gears[level, degraded] = shifted(gear, self._pressure(way), now, len(ways), self._config)
+            number = min(gear.number, len(ways) - 1)
+            behind = self._pressure(ways[number - 1]) if number else 0.0
+            reading = self._pressure(ways[number])
+            self._gears[level, degraded] = shifted(gear, reading, now, len(ways), self._config, behind=behind)
 
     def _pressure(self, way: Way) -> float:
         backlogs = [self._batchers[variant].backlog_s for variant in way.variants]

@@ -34,11 +34,11 @@ class Gear:
     dwells: float = 1.0
 
 
-def shifted(gear: Gear, reading: float, now: float, gears: int, config: GearConfig) -> Gear:
-    """The gear after one more reading of the pressure.
+def shifted(gear: Gear, reading: float, now: float, gears: int, config: GearConfig, *, behind: float = 0.0) -> Gear:
+    """The gear after one more reading of the pressure, and of that `behind` it: on the next more faithful way.
 
     Up, to cheaper points, as soon as the smoothed pressure exceeds `up`; back, one at a time, once it has stayed below
-    `down` for the dwell time. A return that has to be taken back soon shows that the lower gear does not carry the
+    `down` for the dwell time, and only while the way back is not itself above `up`. A return that has to be taken back soon shows that the lower gear does not carry the
     load: the dwell time then doubles, so that a steady load between two gears makes ever fewer shifts.
     """
     pressure = gear.pressure + SMOOTHING * (reading - gear.pressure)
@@ -49,7 +49,7 @@ def shifted(gear: Gear, reading: float, now: float, gears: int, config: GearConf
         if number < gears - 1 and now - gear.shifted >= SETTLE_S:
             return _up(gear, gears - 1 if pressure > URGENT else number + 1, now, config)
         return gear
-    if pressure >= config.down or number == 0:
+    if pressure >= config.down or behind > config.up or number == 0:
         return replace(gear, calm_since=None)
     if gear.calm_since is None:
         return replace(gear, calm_since=now)
