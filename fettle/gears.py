@@ -38,8 +38,9 @@ def shifted(gear: Gear, reading: float, now: float, gears: int, config: GearConf
     """The gear after one more reading of the pressure, and of that `behind` it: on the next more faithful way.
 
     Up, to cheaper points, as soon as the smoothed pressure exceeds `up`; back, one at a time, once it has stayed below
-    `down` for the dwell time, and only while the way back is not itself above `up`. A return that has to be taken back soon shows that the lower gear does not carry the
-    load: the dwell time then doubles, so that a steady load between two gears makes ever fewer shifts.
+    `down`, and the way back not above `up`, for the dwell time. A return that has to be taken back soon shows that the
+    lower gear does not carry the load: the dwell time then doubles, so that a steady load between two gears makes ever
+    fewer shifts.
     """
     pressure = gear.pressure + SMOOTHING * (reading - gear.pressure)
     number = min(gear.number, gears - 1)

@@ -58,7 +58,9 @@ def test_a_class_shifts_to_its_own_cheaper_points_and_back(served, backlogs):
     assert served.gearbox.number(0.9, degraded=False) == 1, "a tolerance has the gear of the level that it amounts to"
     assert served.gearbox.number(0.01, degraded=False) == 0, "it has no other point"
     assert served.gearbox.number(0.0, degraded=False) == 0
-    # The way that it uses now is empty, so after the dwell time it tries the better one again.
+    # The way that it uses now is empty, but the one that it came from is still full.
+    now = tick(served, 30, now)
+    assert served.gearbox.number(0.05, degraded=False) == 1
     backlogs.clear()
     tick(served, 5, now)
     assert served.gearbox.number(0.05, degraded=False) == 0

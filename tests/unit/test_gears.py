@@ -88,6 +88,20 @@ def test_it_goes_back_one_gear_at_a_time_each_after_the_dwell_time():
     assert drive.shifts == 3
 
 
+def test_it_does_not_go_back_to_a_way_that_is_full():
+    gear, now = Gear(number=1), 0.0
+    for _ in range(600):
+        now += EVERY_S
+        gear = shifted(gear, 0.0, now, 2, CONFIG, behind=CONFIG.up + 0.01)
+    assert gear.number == 1
+    # Once it is not, the dwell time begins.
+    for _ in range(round(CONFIG.dwell_s / EVERY_S)):
+        now += EVERY_S
+        gear = shifted(gear, 0.0, now, 2, CONFIG, behind=CONFIG.up)
+        assert gear.number == 1
+    assert shifted(gear, 0.0, now + 2 * EVERY_S, 2, CONFIG, behind=CONFIG.up).number == 0
+
+
 def test_calm_that_is_interrupted_begins_anew():
     drive = settled(0.0, 1)
     for _ in range(20):
