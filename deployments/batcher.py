@@ -11,12 +11,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
+from deployments.slots import CostModel, Slot, SlotLostError, Slots
 from deployments.tickets import Answered, Gates, Leg, Terms, Ticket
 from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
 from fettle.points import NEVER as NO_EXIT
@@ -29,31 +29,6 @@ MAX_LOSSES = 5
 RESERVE_AGAIN_S = 0.05
 # Rows below INTERACTIVE look for a gap this often.
 GAP_AGAIN_S = 0.02
-
-
-class SlotLostError(Exception):
-    """The replica died or went away before it answered. The rows are intact and can go to another."""
-
-
-class Slot(Protocol):
-    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
-        """Raises SlotLostError if the replica is gone, EngineError if it failed on these rows."""
-        ...
-
-
-class Slots(Protocol):
-    """Where batches go: each reservation waits for a free place at some replica. `replicas` are running now."""
-
-    @property
-    def replicas(self) -> int: ...
-
-    def reserve(self) -> AbstractAsyncContextManager[Slot]: ...
-
-
-class CostModel(Protocol):
-    """Predicted milliseconds of one row of `length` tokens in a well-filled batch, through all stages."""
-
-    def row_ms(self, length: int) -> float: ...
 
 
 @dataclass(slots=True)
@@ -93,6 +68,7 @@ class Batcher:
     calm: Callable[[], bool] = always
     stats: BatcherStats = field(default_factory=BatcherStats)
     _pace: float = 1.0
+    _last_done: float = 0.0
     _reserving: bool = False
     _singles: set[Ticket] = field(default_factory=set)
     _under_way: list[list[Ticket]] = field(default_factory=list)
@@ -307,7 +283,7 @@ class Batcher:
             self._refuse(batch, error)
         else:
             self._under_way.remove(batch)
-            self._observe(batch, rows, outputs)
+            self._observe(batch, rows, outputs, taken)
             for index, ticket in enumerate(batch):
                 self._leave(ticket)
                 if not ticket.future.done():
@@ -331,7 +307,8 @@ class Batcher:
             temperatures=np.stack([temperatures for _, temperatures in gates]),
         )
 
-    def _observe(self, batch: list[Ticket], rows: Rows, outputs: Outputs) -> None:
+    def _observe(self, batch: list[Ticket], rows: Rows, outputs: Outputs, taken: float) -> None:
+        began, self._last_done = max(taken, self._last_done), time.monotonic()
         self.stats.rows += len(batch)
         self.stats.batches += 1
         self.stats.row_tokens += rows.tokens
@@ -340,7 +317,18 @@ class Batcher:
         # What the monitor runs, mostly while nothing else does, says little about a batch among others.
         if batch[0].priority is Priority.INTERACTIVE:
             predicted = sum(ticket.cost_ms for ticket in batch)
-            self._pace = corrected_pace(self._pace, predicted, outputs.infer_ms)
+            self._pace = corrected_pace(self._pace, predicted, self._own_ms(taken, began))
+
+    def _own_ms(self, taken: float, began: float) -> float:
+        """What a batch took of the replicas' time, however it was spent: computing, waiting for a core, on the way.
+
+        The time since the batch before it came back, or since it left where that is later, at as many replicas as worked;
+        over some batches this adds up to the time in which there was work. The call of a batch that found none under way
+        is predicted apart (`Speed.call_s`).
+        """
+        lanes = min(self.speed.replicas, len(self._under_way) + 1)
+        call_s = self.call_s if began == taken else 0.0
+        return max(0.0, self._last_done - began - call_s) * 1000 * lanes
 
     def _lose(self, batch: list[Ticket]) -> None:
         for ticket in batch:
@@ -386,6 +374,6 @@ def _answered(outputs: Outputs, index: int, batch_rows: int, queue_ms: float) ->
 
 
 def _retrieved(future: asyncio.Future[Answered]) -> None:
-    """Of several rows that fail only one is reported; asyncio need not warn of the others."""
+    """Of several rows that fail one is reported; asyncio need not warn of the others."""
     if not future.cancelled():
         future.exception()

@@ -23,7 +23,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 
-from deployments.batcher import SlotLostError
+from deployments.slots import SlotLostError
 from fettle.errors import EngineError
 from fettle.rows import Exits, Outputs, Rows
 from workers.engine import EngineOptions, open_engine

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from deployments import batcher as module
-from deployments.batcher import MAX_LOSSES, Batcher, SlotLostError
+from deployments.batcher import MAX_LOSSES, Batcher
+from deployments.slots import SlotLostError
 from deployments.tickets import Answered, Leg, Terms
 from fettle.errors import DeadlineError, EngineError, FettleError, UnavailableError
 from fettle.points import NEVER as NO_EXIT
