@@ -322,9 +322,9 @@ class Batcher:
     def _own_ms(self, taken: float, began: float) -> float:
         """What a batch took of the replicas' time, however it was spent: computing, waiting for a core, on the way.
 
-        The time since the batch before it came back, or since it left where that is later, at as many replicas as worked;
-        over some batches this adds up to the time in which there was work. The call of a batch that found none under way
-        is predicted apart (`Speed.call_s`).
+        The time since the batch before it came back, or since it left where that is later, at as many replicas as
+        worked: over some batches this adds up to the time in which there was work. The call of a batch that found none
+        under way is predicted apart (`Speed.call_s`).
         """
         lanes = min(self.speed.replicas, len(self._under_way) + 1)
         call_s = self.call_s if began == taken else 0.0
