@@ -164,13 +164,6 @@ class Queue:
         weights = weight + math.fsum(self._weights[other] for other in held if other != key)
         return held.get(key, 0.0) < limit_ms * weight / weights
 
-    def wait_ms(self, key: str, weight: float) -> float:
-        """Predicted work that a new INTERACTIVE row of this key finds before it: all, or less where keys share."""
-        held = self._outstanding[Priority.INTERACTIVE]
-        total = math.fsum(held.values())
-        weights = weight + math.fsum(self._weights[other] for other in held if other != key)
-        return min(total, held.get(key, 0.0) * weights / weight + self._under_way_ms)
-
     def can_promise(self, entries: Sequence[Entry], now: float, speed: Speed) -> bool:
         """Whether these rows (of one request, one deadline) can be in time, and all that were admitted before stay so.
 

@@ -478,17 +478,6 @@ def test_each_priority_has_a_limit_of_its_own():
     assert queue.work_ms() == 0.0
 
 
-@given(st.lists(wanted(keys=["a", "b"]), max_size=30), st.integers(0, 30))
-def test_a_new_row_waits_for_all_that_is_there_at_the_most(wants, taken):
-    queue, entries = filled(wants)
-    for entry in entries[:taken]:
-        queue.take_one(entry)
-    for key in "abc":
-        assert 0 <= queue.wait_ms(key, weights[key]) <= queue.work_ms() + 1e-6
-    if not any(entry.key == "b" for entry in entries):
-        assert queue.wait_ms("b", 1.0) == pytest.approx(queue._under_way_ms)
-
-
 # Promises.
 
 
