@@ -141,6 +141,9 @@ def run(options: argparse.Namespace, cores: int, say: Callable[[str], None]) -> 
     say("answers of the reference")
     labels = reference_labels(options.family, options.texts, cores)
     escalation = escalation_family(options.family, MADE, say, threads=cores)
+    copied = Family.open(escalation)
+    say("costs of the bare engines")
+    costs = _costs(family, copied, _ways(family, copied), read_texts(options.texts)[: options.offline_rows])
     contest = Contest(options, family, cores, labels, say, [], {}, {}, [], {})
     for name in options.peers:
         _attempt(contest, name, partial(_serve_peer, contest, name))
@@ -148,14 +151,11 @@ def run(options: argparse.Namespace, cores: int, say: Callable[[str], None]) -> 
         config = partial(_config, cores=cores, quality=Path(scratch))
         pinned = Ask(f"fettle {INT8}, pinned", f"{family.name}:{INT8}", Flow(), point=INT8)
         _serve_ours(contest, config(options.family, variants=[INT8], default=INT8), [pinned])
-        copied = Family.open(escalation)
         level = copied.manifest.points[0].certificate.alpha
         flow = Flow(max_disagreement=level)
         ask = Ask(f"fettle {CASCADE}", copied.name, flow, point=CASCADE, promise=level)
         _serve_ours(contest, config(escalation), [ask])
         _serve_ours(contest, config(options.family), [_class(family, level) for level in options.classes])
-    ways = _ways(family, copied)
-    costs = _costs(family, copied, ways, read_texts(options.texts)[: options.offline_rows])
     return _report(contest, costs)
 
 
@@ -204,10 +204,14 @@ def _costs(
     family: Family, copied: Family, ways: Mapping[str, Sequence[Step]], texts: Sequence[str]
 ) -> dict[str, float]:
     """Processor ms of a row by way, from the bare engines, one thread, rows of like length together."""
+    # Contestants have names that a file may have.
+    names = {f"way-{number}": name for number, name in enumerate(ways)}
     rows = Tokenizer(family.tokenizer_path, family.manifest.tokenizer).encode(list(texts))
     paths = {name: copied.variant_path(name) for name in copied.variants}
     paths |= {name: family.variant_path(name) for name in family.variants}
-    return try_points(ways, paths, rows, family.manifest.task, 1, lambda _: None)[0]
+    tried = {short: ways[name] for short, name in names.items()}
+    costs = try_points(tried, paths, rows, family.manifest.task, 1, lambda _: None)[0]
+    return {name: costs[short] for short, name in names.items()}
 
 
 def _report(contest: Contest, costs: Mapping[str, float]) -> dict[str, Any]:
