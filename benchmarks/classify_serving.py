@@ -38,7 +38,7 @@ from optimize.measure import try_points
 
 LOGS = Path("build/benchmark-logs")
 MADE = Path("build/benchmark-families")
-CASCADE = "int8 with escalation"
+CASCADE = "int8-with-escalation"
 KEPT = ("x-fettle-point", "x-fettle-bound", "x-fettle-variant", "x-fettle-degraded", "x-fettle-gear")
 CLASSES: tuple[float | str, ...] = ("exact", 0.005, 0.01, 0.02, 0.05)
 PEER_ROWS = 256
@@ -87,6 +87,8 @@ class Contest:
                 plan = self._plan(spec.url, ask, Path(scratch))
                 mine = [self._measure(server, ask, plan, connections) for connections in self.options.connections]
                 found = self._check(ask, plan)
+                for row in mine:
+                    self.say(f"{row.connections} connections: {row.rps:.0f}/s, others {row.others:.1%}; {found}")
                 self.answers[ask.name] = found
                 self.rows.extend(replace(row, changed=found.share) for row in mine)
 
@@ -144,7 +146,10 @@ def run(options: argparse.Namespace, cores: int, say: Callable[[str], None]) -> 
     copied = Family.open(escalation)
     say("costs of the bare engines")
     costs = _costs(family, copied, _ways(family, copied), read_texts(options.texts)[: options.offline_rows])
+    copied = Family.open(escalation)
     contest = Contest(options, family, cores, labels, say, [], {}, {}, [], {})
+    say("costs of the bare engines")
+    costs = _costs(family, copied, _ways(family, copied), read_texts(options.texts)[: options.offline_rows])
     for name in options.peers:
         _attempt(contest, name, partial(_serve_peer, contest, name))
     with tempfile.TemporaryDirectory() as scratch:
