@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks import service
 from benchmarks.answers import Agreement, above_bound, compare, outside_class, reference_labels
 from benchmarks.cascade import INT8, escalation_family
-from benchmarks.comparison import Figures, best_peers
+from benchmarks.comparison import WARN_OTHERS, Figures, best_peers
 from benchmarks.load import LoadPlan, sampled
 from benchmarks.meter import Meter
 from benchmarks.processes import Server, ServerSpec
@@ -38,7 +38,7 @@ from optimize.measure import try_points
 
 LOGS = Path("build/benchmark-logs")
 MADE = Path("build/benchmark-families")
-CASCADE = "int8-with-escalation"
+CASCADE = "int8 with escalation"
 KEPT = ("x-fettle-point", "x-fettle-bound", "x-fettle-variant", "x-fettle-degraded", "x-fettle-gear")
 CLASSES: tuple[float | str, ...] = ("exact", 0.005, 0.01, 0.02, 0.05)
 PEER_ROWS = 256
@@ -146,10 +146,7 @@ def run(options: argparse.Namespace, cores: int, say: Callable[[str], None]) -> 
     copied = Family.open(escalation)
     say("costs of the bare engines")
     costs = _costs(family, copied, _ways(family, copied), read_texts(options.texts)[: options.offline_rows])
-    copied = Family.open(escalation)
     contest = Contest(options, family, cores, labels, say, [], {}, {}, [], {})
-    say("costs of the bare engines")
-    costs = _costs(family, copied, _ways(family, copied), read_texts(options.texts)[: options.offline_rows])
     for name in options.peers:
         _attempt(contest, name, partial(_serve_peer, contest, name))
     with tempfile.TemporaryDirectory() as scratch:
@@ -161,7 +158,7 @@ def run(options: argparse.Namespace, cores: int, say: Callable[[str], None]) -> 
         ask = Ask(f"fettle {CASCADE}", copied.name, flow, point=CASCADE, promise=level)
         _serve_ours(contest, config(escalation), [ask])
         _serve_ours(contest, config(options.family), [_class(family, level) for level in options.classes])
-    return _report(contest, costs)
+    return _report(contest, costs, copied.manifest.points[0].steps)
 
 
 def _serve_peer(contest: Contest, name: str) -> None:
@@ -219,7 +216,7 @@ def _costs(
     return {name: costs[short] for short, name in names.items()}
 
 
-def _report(contest: Contest, costs: Mapping[str, float]) -> dict[str, Any]:
+def _report(contest: Contest, costs: Mapping[str, float], steps: Sequence[Step]) -> dict[str, Any]:
     asks = {ask.name: ask for ask in _asks(contest)}
     most = max(contest.options.connections)
     saturated = {row.system: row for row in contest.rows if row.connections == most}
@@ -249,6 +246,8 @@ def _report(contest: Contest, costs: Mapping[str, float]) -> dict[str, Any]:
     return {
         "results": [asdict(row) for row in contest.rows],
         "overhead_ms": overhead,
+        "overhead_others": int8.others if int8 else None,
+        "escalation": [step.variant for step in steps],
         "costs_ms": dict(costs),
         "saturated": predicted,
         "answers": {name: asdict(found) | {"share": found.share} for name, found in contest.answers.items()},
@@ -314,6 +313,10 @@ def print_report(report: Mapping[str, Any]) -> None:
     Console(width=140).print(table)
     if report["overhead_ms"] is not None:
         print(f"the serving path takes {report['overhead_ms']:.2f} ms of the machine a request, the client included")
+        if report["overhead_others"] > WARN_OTHERS:
+            others = report["overhead_others"]
+            print(f"WARNING: others took {others:.0%} of the machine in the row that this and the predictions rest on")
+    print(f"{CASCADE}: the search chose {' > '.join(report['escalation'])}")
     for line in report["broken"]:
         print(f"BROKEN: {line}")
 
