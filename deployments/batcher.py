@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from deployments.flights import Flights
 from deployments.slots import CostModel, Slot, SlotLostError, Slots
 from deployments.tickets import Answered, Gates, Leg, Terms, Ticket
 from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
@@ -27,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 
 MAX_LOSSES = 5
 RESERVE_AGAIN_S = 0.05
+# How many times the time of a call a batch leaves before a replica is free for it.
+LEAD = 1.5
 # Rows below INTERACTIVE look for a gap this often.
 GAP_AGAIN_S = 0.02
 
@@ -71,7 +74,7 @@ class Batcher:
     _last_done: float = 0.0
     _reserving: bool = False
     _singles: set[Ticket] = field(default_factory=set)
-    _under_way: list[list[Ticket]] = field(default_factory=list)
+    _flights: Flights = field(default_factory=Flights)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _again: asyncio.TimerHandle | None = None
 
@@ -189,7 +192,7 @@ class Batcher:
 
     def _lowest(self) -> Priority:
         """Rows below INTERACTIVE go where a replica has nothing to do and the system is calm, and nowhere else."""
-        gap = len(self._under_way) < self.slots.replicas and self.calm()
+        gap = len(self._flights) < self.slots.replicas and self.calm()
         return Priority.SHADOW if gap else Priority.INTERACTIVE
 
     def _look_again(self) -> None:
@@ -205,14 +208,19 @@ class Batcher:
 
         It travels alone, since a batch that waits at the same replica would be lost with it.
         """
-        if not self._under_way:
+        if not self._flights:
             return False
-        return any(batch[0].suspect for batch in self._under_way) or any(ticket.suspect for ticket in self._singles)
+        return any(batch[0].suspect for batch in self._flights.batches) or any(
+            ticket.suspect for ticket in self._singles
+        )
 
     async def _serve_one_batch(self) -> None:
         try:
             async with AsyncExitStack() as reservation:
                 slot = await self._reserved(reservation)
+                # A batch that waits at a replica hides the time of its call, and needs not be there earlier: till then
+                # the rows stay in the queue, where more urgent ones, or those of another key, can still go before them.
+                await self._flights.nearly_free(self.speed.replicas, LEAD * self.call_s)
                 self._reserving = False
                 batch = self._take() if slot is not None else []
                 self._reserve_next()
@@ -243,7 +251,8 @@ class Batcher:
             # A client that has just gone is still listed until its own task has run.
             chosen = [ticket for ticket in turn if not self._is_gone(ticket)]
         if chosen:
-            self._under_way.append(chosen)
+            work_ms = sum(ticket.cost_ms for ticket in chosen)
+            self._flights.depart(chosen, work_ms / 1000 * self._pace + self.call_s, self.speed.replicas)
         return chosen
 
     def _is_gone(self, ticket: Ticket) -> bool:
@@ -276,21 +285,20 @@ class Batcher:
             outputs = await slot.run(rows, self._exits(batch))
         except SlotLostError as error:
             logger.warning("a replica was lost with %d rows: %s", len(batch), error)
-            self._under_way.remove(batch)
+            self._flights.land(batch)
             self._lose(batch)
         except EngineError as error:
-            self._under_way.remove(batch)
+            self._flights.land(batch)
             self._refuse(batch, error)
         else:
-            self._under_way.remove(batch)
+            self._flights.land(batch)
             self._observe(batch, rows, outputs, taken)
             for index, ticket in enumerate(batch):
                 self._leave(ticket)
                 if not ticket.future.done():
                     ticket.future.set_result(_answered(outputs, index, len(batch), (taken - ticket.entered) * 1000))
         finally:
-            if batch in self._under_way:
-                self._under_way.remove(batch)
+            self._flights.land(batch)
             # Whatever happened above, cancellation and bugs included, nobody waits for an answer that cannot come.
             for ticket in batch:
                 if not ticket.waiting:
@@ -326,7 +334,7 @@ class Batcher:
         worked: over some batches this adds up to the time in which there was work. The call of a batch that found none
         under way is predicted apart (`Speed.call_s`).
         """
-        lanes = min(self.speed.replicas, len(self._under_way) + 1)
+        lanes = min(self.speed.replicas, len(self._flights) + 1)
         call_s = self.call_s if began == taken else 0.0
         return max(0.0, self._last_done - began - call_s) * 1000 * lanes
 

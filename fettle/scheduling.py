@@ -16,6 +16,8 @@ NEVER = math.inf
 # A key may be this share of a batch ahead of the one that was served least, so that order within a batch can follow
 # deadlines; with a whole batch, a flood of older rows would fill the batch before another key's first row.
 SLACK = 0.25
+# So many of the waiting rows tell what a full batch costs.
+BUDGET_SAMPLE = 32
 
 
 class Priority(IntEnum):
@@ -168,27 +170,36 @@ class Queue:
         """Whether these rows (of one request, one deadline) can be in time, and all that were admitted before stay so.
 
         Earliest deadline first is optimal on one machine (Jackson's rule), so the queue in order of `due` either fits
-        or nothing does. Rows that are late already do not count against the new ones.
+        or nothing does. A row comes back when its batch does, and is taken to share a full one where there is work for
+        it: batches that are kept small for the sake of a tight deadline cost all the others their time. Rows that are
+        late already do not count against the new ones.
         """
         if not entries or entries[0].deadline == NEVER:
             return True
         deadline = entries[0].deadline
         added = math.fsum(entry.cost_ms for entry in entries)
-        before = self._under_way_ms
-        for entry in self._waiting[Priority.INTERACTIVE]:
+        waiting = self._waiting[Priority.INTERACTIVE]
+        full = self._budget_ms([*waiting[:BUDGET_SAMPLE], *entries])
+
+        def end(work: float, under_way: float) -> float:
+            """When the last of so much work is back: its own batch runs at one replica, what is before it at all."""
+            own = min(full, work)
+            return now + speed.seconds(under_way + work - own) + _alone_s(own, speed)
+
+        before = 0.0
+        for entry in waiting:
             if entry.due > deadline:
                 break
             before += entry.cost_ms
-        finish = before + added
-        if now + speed.seconds(finish) + speed.call_s > deadline:
+        if end(before + added, self._under_way_ms) > deadline:
             return False
-        for entry in self._waiting[Priority.INTERACTIVE]:
+        for entry in waiting:
             if entry.due <= deadline:
                 continue
             before += entry.cost_ms
             # Of the batch under way some part is done already: what may still be kept is protected.
-            kept = now + speed.seconds(before - self._under_way_ms) + speed.call_s <= entry.deadline
-            if kept and now + speed.seconds(before + added) + speed.call_s > entry.deadline:
+            kept = end(before, 0.0) <= entry.deadline
+            if kept and end(before + added, self._under_way_ms) > entry.deadline:
                 return False
         return True
 

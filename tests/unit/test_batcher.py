@@ -124,7 +124,7 @@ def assert_empty(batcher: Batcher) -> None:
     assert batcher.queue._under_way_ms == pytest.approx(0.0, abs=1e-9)
     assert not batcher.queue._admitted
     assert not batcher._singles
-    assert not batcher._under_way
+    assert len(batcher._flights) == 0
 
 
 async def test_one_row_in_an_idle_system_goes_out_at_once_and_alone():
@@ -175,8 +175,9 @@ async def test_rows_wait_in_the_queue_and_not_at_a_reservation():
     assert slots.reservations == 10
 
 
-async def test_every_free_place_is_used():
+async def test_every_free_replica_is_used():
     slots = LocalSlots(places=3)
+    slots.replicas = 3
     slots.gate.clear()
     batcher = make(slots, rows=2)
     tasks = [ask(batcher, row(number)) for number in range(10)]
@@ -184,6 +185,26 @@ async def test_every_free_place_is_used():
     assert slots.calls == [[0, 1], [2, 3], [4, 5]]
     slots.gate.set()
     await answers(*tasks)
+
+
+async def test_a_batch_leaves_when_a_replica_is_about_to_be_free_and_not_before():
+    """Or as soon as the batch before it is back, where that is earlier than was predicted."""
+    slots = LocalSlots(places=2)
+    slots.gate.clear()
+    # 400 ms of predicted work at the only replica; the second place would hold a batch that waits there.
+    batcher = make(slots, rows=1)
+    first = ask(batcher, row(0, length=4000))
+    await settle()
+    second = ask(batcher, row(1))
+    await settle()
+    assert slots.calls == [[0]]
+    urgent = asyncio.get_running_loop().create_task(
+        batcher.answer([row(2)], Terms(time.monotonic(), deadline=time.monotonic() + 0.9))
+    )
+    await settle()
+    slots.gate.set()
+    assert await answers(first, urgent, second) == [[0], [2], [1]]
+    assert slots.calls == [[0], [2], [1]]
 
 
 async def test_rows_of_one_length_travel_together():

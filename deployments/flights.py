@@ -1,0 +1,48 @@
+"""The batches of one variant that are under way, and when each is predicted to be back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from deployments.tickets import Ticket
+
+
+@dataclass(slots=True, eq=False)
+class Flights:
+    """A batch departs and lands once. Times are of `time.monotonic`."""
+
+    batches: list[list[Ticket]] = field(default_factory=list)
+    _back: dict[int, float] = field(default_factory=dict)
+    _landed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def depart(self, batch: list[Ticket], takes_s: float, replicas: float) -> None:
+        """`takes_s`: predicted from when a replica begins with it."""
+        begins = max(time.monotonic(), self.free_at(replicas))
+        self.batches.append(batch)
+        self._back[id(batch)] = begins + takes_s
+
+    def land(self, batch: list[Ticket]) -> None:
+        """A second time does nothing."""
+        if self._back.pop(id(batch), None) is not None:
+            self.batches.remove(batch)
+            self._landed.set()
+
+    def free_at(self, replicas: float) -> float:
+        """When a replica is predicted to have nothing more to do; in the past if one has nothing now."""
+        waiting_at = len(self._back) - max(1, int(replicas))
+        return sorted(self._back.values())[waiting_at] if waiting_at >= 0 else 0.0
+
+    async def nearly_free(self, replicas: float, lead_s: float) -> None:
+        """Wait until a replica will be free in `lead_s`, or a batch is back before that was predicted."""
+        while (early_s := self.free_at(replicas) - lead_s - time.monotonic()) > 0:
+            self._landed.clear()
+            try:
+                async with asyncio.timeout(early_s):
+                    await self._landed.wait()
+            except TimeoutError:
+                return
