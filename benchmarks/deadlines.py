@@ -36,7 +36,7 @@ from benchmarks.samples import quantiles
 from benchmarks.simulation import InOrder, Job, Machine, Oracle, Outcome, RouterPolicy, ideal, most_possible, simulate
 from benchmarks.traffic import Flow, read_texts, shuffled
 from deployments.fastpath import free_port
-from fettle.config import BatchConfig, ReplicaConfig
+from fettle.config import BatchConfig
 from fettle.family import Family
 from fettle.latency import best_tokens_per_call, estimate_ms
 from fettle.manifest import OperatingPoint, VariantManifest
@@ -172,7 +172,8 @@ def run_simulated(options: argparse.Namespace, family: Family, point: OperatingP
     """By policy: the share answered in time, and by deadline; means over the seeds."""
     say(f"what the rows really take at {point.id}")
     work = measure(family, point, read_texts(options.texts))
-    machine = Machine(cores, ReplicaConfig().places, CALL_MS / 1000)
+    # One place: a batch leaves when a replica is about to be free for it (`deployments.flights`).
+    machine = Machine(cores, places=1, call_s=CALL_MS / 1000)
     row_s = statistics.fmean(work.true_ms) / 1000 + machine.call_s / work.rows_a_call
     capacity = cores / row_s
     config = BatchConfig()

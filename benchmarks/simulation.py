@@ -156,8 +156,8 @@ class RouterPolicy:
         return [self._jobs[entry] for entry in taken.batch]
 
     def finished(self, batch: Sequence[Job], took_s: float) -> None:
-        observed_ms = 1000 * (took_s - self._machine.call_s)
-        self._pace = corrected_pace(self._pace, sum(job.predicted_ms for job in batch), observed_ms)
+        # The router sees when batches come back, their calls included.
+        self._pace = corrected_pace(self._pace, sum(job.predicted_ms for job in batch), 1000 * took_s)
         for job in batch:
             entry = self._entries.pop(job.number)
             del self._jobs[entry]
