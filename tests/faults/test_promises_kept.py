@@ -36,10 +36,9 @@ POINTS = [
     make_point("within-0.01", ALPHA, make_step("corrupt"), cost=2.0),
     make_point("within-0.05", 0.05, make_step("cheap", 0.35, 0.05), make_step("fp32"), cost=1.0),
 ]
-# The class that only the cascade may answer is asked for by leaving the corrupt point out of the family.
 CLIENTS = 12
 PATIENCE_S = 120.0
-PAUSE_S = 1.5
+PAUSE_S = 0.8
 
 
 @pytest.fixture(scope="module")

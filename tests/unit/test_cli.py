@@ -274,7 +274,13 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     """While the data are read, which a pipe that never ends makes last."""
     os.mkfifo(tmp_path / "data.jsonl")
     command = ["optimize", "m", "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen([sys.executable, "-m", "fettle.cli", *command], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fettle.cli", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has them ignore it, and what they start with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         # Opening for writing waits for the reader.
         writer = os.open(tmp_path / "data.jsonl", os.O_WRONLY)
