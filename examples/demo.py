@@ -351,7 +351,7 @@ def report(outcomes: Sequence[Outcome], families: dict[str, Family], options: De
 def report_classes(asked: Sequence[Asked], family: Family, options: DemoOptions, console: Console) -> None:
     """What was promised, and what the questions said."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("at most changed", "certified", "answered by", "ms", "req/s", "same", "predict"):
+    for name in ("at most", "certified", "answered by", "ms", "req/s", "same", "predict"):
         table.add_column(name, justify="left" if name == "answered by" else "right", no_wrap=True)
     for row in asked:
         names = sorted(row.points, key=lambda name: -row.points[name])
