@@ -99,9 +99,11 @@ class Batcher:
 
     def has_room(self, terms: Terms) -> bool:
         """Whether a request would be admitted now; cheap enough to ask before tokenizing."""
-        limit_s = self.max_queue_s if terms.priority is Priority.INTERACTIVE else self.max_gap_queue_s
-        limit_ms = limit_s * 1000 * self.speed.replicas / self._pace
+        limit_ms = self._limit_s(terms) * 1000 * self.speed.replicas / self._pace
         return self.queue.has_room(terms.key, terms.weight, limit_ms, terms.priority)
+
+    def _limit_s(self, terms: Terms) -> float:
+        return self.max_queue_s if terms.priority is Priority.INTERACTIVE else self.max_gap_queue_s
 
     def can_meet(self, terms: Terms) -> bool:
         """Whether a request of no size at all could be in time now, as little as that says, before it is tokenized."""
@@ -113,7 +115,7 @@ class Batcher:
     def overloaded(self, terms: Terms) -> OverloadedError:
         """The refusal where there is no room; it says when to come back."""
         self.stats.refused += 1
-        limit_s = self.max_queue_s if terms.priority is Priority.INTERACTIVE else self.max_gap_queue_s
+        limit_s = self._limit_s(terms)
         backlog = self.speed.seconds(self.queue.work_ms(terms.priority))
         wait = retry_after_s(backlog, limit_s)
         return OverloadedError(

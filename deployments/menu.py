@@ -60,6 +60,8 @@ class Menu:
         """Raises FamilyError if a point does not fit the variants."""
         self._family = family
         self._served = frozenset(served)
+        # Made once: a request that names a variant, or wants the reference's own answer, comes by here each time.
+        self._pinned = {name: _pinned_way(family, name) for name in family.variants}
         certified = [_way_of(point, family) for point in family.manifest.points]
         able = [way for way in certified if self._served.issuperset(way.variants)]
         self.points = _useful([way for way in able if way.fingerprint not in revoked])
@@ -72,9 +74,7 @@ class Menu:
 
     def pinned(self, variant: str) -> Way:
         """One variant all the way, with no promise unless it is the reference."""
-        [step] = whole(self._family.variant(variant))
-        exact = variant == self._family.manifest.reference
-        return Way(variant, (Stretch(step, 1.0, 1.0, None),), EXACT if exact else None)
+        return self._pinned[variant]
 
     def reference(self) -> Way:
         """Raises RequestError if the reference is not served."""
@@ -102,6 +102,12 @@ class Menu:
     def level(self, tolerance: float) -> float:
         """The level that this tolerance amounts to: the weakest certified one within it, 0 for the reference."""
         return max((level for level in self.levels if level <= tolerance), default=0.0)
+
+
+def _pinned_way(family: Family, variant: str) -> Way:
+    [step] = whole(family.variant(variant))
+    exact = variant == family.manifest.reference
+    return Way(variant, (Stretch(step, 1.0, 1.0, None),), EXACT if exact else None)
 
 
 def _useful(ways: Sequence[Way]) -> list[Way]:

@@ -223,10 +223,8 @@ class Queue:
             self._under_way_ms += entry.cost_ms
 
     def _drop_late(self, priority: Priority, begins: float, speed: Speed) -> list[Entry]:
-        late = []
-        for entry in self._waiting[priority]:
-            if entry.deadline < begins + _alone_s(entry.cost_ms, speed):
-                late.append(entry)
+        waiting = self._waiting[priority]
+        late = [entry for entry in waiting if entry.deadline < begins + _alone_s(entry.cost_ms, speed)]
         for entry in late:
             self.settle(entry)
         return late
