@@ -34,6 +34,7 @@ SCHEMA_VERSION: Final = 1
 class TaskKind(StrEnum):
     CLASSIFY = "classify"
     EMBED = "embed"
+    GENERATE = "generate"
 
 
 class Head(StrEnum):
@@ -45,7 +46,10 @@ class Head(StrEnum):
 
 
 class Task(Strict):
-    """What the model answers. `labels` in the order of the logits; `width` is the length of an output row."""
+    """What the model answers. `labels` in the order of the logits; `width` is the length of an output row.
+
+    For text `width` is the vocabulary that logits are over, and `end_ids` the tokens that end a text.
+    """
 
     kind: TaskKind
     head: Head | None = None
@@ -53,6 +57,7 @@ class Task(Strict):
     width: int = Field(ge=1)
     pooling: Literal["mean", "cls", "max"] | None = None
     normalized: bool = False
+    end_ids: list[int] = []
 
 
 class TokenizerSpec(Strict):
@@ -136,6 +141,23 @@ class Quality(Strict):
     reference_metric: float | None = None
 
 
+class DecoderSpec(Strict):
+    """What a runner of a text generator must know to hold its keys and values.
+
+    One buffer a layer for the keys and one for the values, [slots, kv_heads, context, head_dim] each. The graph is
+    described in `workers/onnx_decoder.py`.
+    """
+
+    layers: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    context: int = Field(ge=2, description="tokens of a prompt and its output together, at most")
+
+    @property
+    def kv_floats_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
 class Stage(Strict):
     """A consecutive run of encoder layers that ends in an exit head; the last one ends in the model's own head."""
 
@@ -200,6 +222,7 @@ class VariantManifest(Strict):
     task: Task
     files: list[FileRecord]
     stages: list[Stage] = Field(default=[], description="where there are exits; otherwise the files are one model")
+    decoder: DecoderSpec | None = Field(default=None, description="of a variant that generates text")
     row_by_row: bool = Field(
         default=False, description="each row is a call of its own, so that no answer depends on who shares the batch"
     )
