@@ -16,6 +16,10 @@ NEVER = math.inf
 # A key may be this share of a batch ahead of the one that was served least, so that order within a batch can follow
 # deadlines; with a whole batch, a flood of older rows would fill the batch before another key's first row.
 SLACK = 0.25
+# What a key was served is forgotten with this time constant. So long, at most, one that takes less than its share has
+# its bursts served before others, and one that comes new before one that has had the replicas to itself.
+FORGET_S = 1.0
+NOTHING_MS = 1e-3
 # So many of the waiting rows tell what a full batch costs.
 BUDGET_SAMPLE = 32
 
@@ -94,7 +98,7 @@ class Queue:
     _outstanding: dict[Priority, dict[str, float]] = field(default_factory=lambda: {each: {} for each in Priority})
     _weights: dict[str, float] = field(default_factory=dict)
     _served: dict[str, float] = field(default_factory=dict)
-    _virtual_ms: float = 0.0
+    _forgot_at: float = 0.0
     _under_way_ms: float = 0.0
     _admitted: set[Entry] = field(default_factory=set)
 
@@ -121,9 +125,6 @@ class Queue:
             self._admitted.add(entry)
             mine = self._outstanding[entry.priority]
             mine[entry.key] = mine.get(entry.key, 0.0) + entry.cost_ms
-        if not any(other.key == entry.key for other in self._waiting[entry.priority]):
-            # Idle time earns no credit.
-            self._served[entry.key] = max(self._served.get(entry.key, 0.0), self._virtual_ms)
         self._weights[entry.key] = entry.weight
         insort(self._waiting[entry.priority], entry, key=_due)
         entry.waiting = True
@@ -205,6 +206,7 @@ class Queue:
 
     def take(self, now: float, speed: Speed, lowest: Priority = Priority.SHADOW) -> Taken:
         """The next batch, of one priority, `lowest` or above it; lower ones only where nothing above them waits."""
+        self._forget(now)
         begins = now + speed.seconds(self._under_way_ms)
         late: list[Entry] = []
         for priority in Priority:
@@ -213,7 +215,7 @@ class Queue:
             late += self._drop_late(priority, begins, speed)
             if self._waiting[priority]:
                 batch = self._choose(self._waiting[priority], now, begins, speed, priority)
-                self._start(batch, priority)
+                self._start(batch)
                 return Taken(batch, late)
         return Taken([], late)
 
@@ -239,7 +241,7 @@ class Queue:
         batch ends where the next row would make a member late.
         """
         budget_ms = self._budget_ms(waiting)
-        served = {key: self._served[key] for key in {entry.key for entry in waiting}}
+        served = {key: self._served.get(key, 0.0) for key in {entry.key for entry in waiting}}
         left = _counts(waiting) if len(served) > 1 else {}
         tokens = self.bounds.tokens if priority is Priority.INTERACTIVE else self.bounds.gap_tokens
         batch = _Batch(self.bounds.rows, tokens, begins, speed)
@@ -265,8 +267,9 @@ class Queue:
 
     def _by_need(self, waiting: Sequence[Entry], now: float) -> list[Entry]:
         """The most urgent row first, of the key that was served least where several wait."""
-        least = min((self._served[key] for key in {entry.key for entry in waiting}), default=0.0)
-        leader = next(entry for entry in waiting if self._served[entry.key] <= least + 1e-9)
+        served = {key: self._served.get(key, 0.0) for key in {entry.key for entry in waiting}}
+        least = min(served.values())
+        leader = next(entry for entry in waiting if served[entry.key] <= least + NOTHING_MS)
         overdue: list[Entry] = []
         fresh: list[Entry] = []
         for entry in waiting:
@@ -282,20 +285,19 @@ class Queue:
         tokens = sum(entry.length for entry in waiting)
         return math.fsum(entry.cost_ms for entry in waiting) / max(tokens, 1) * self.bounds.tokens
 
-    def _start(self, batch: Iterable[Entry], priority: Priority) -> None:
+    def _forget(self, now: float) -> None:
+        """Let what keys were served fade."""
+        kept = math.exp(min(0.0, self._forgot_at - now) / FORGET_S)
+        self._forgot_at = max(now, self._forgot_at)
+        self._served = {key: ms * kept for key, ms in self._served.items() if ms * kept > NOTHING_MS}
+        held = {key for work in self._outstanding.values() for key in work}
+        self._weights = {key: weight for key, weight in self._weights.items() if key in held}
+
+    def _start(self, batch: Iterable[Entry]) -> None:
         for entry in batch:
             self.remove(entry)
             self._under_way_ms += entry.cost_ms
-            self._served[entry.key] += entry.cost_ms / entry.weight
-        backlogged = {entry.key for entry in self._waiting[priority]}
-        least = min((self._served[key] for key in backlogged), default=max(self._served.values(), default=0.0))
-        self._virtual_ms = max(self._virtual_ms, least)
-        # Who has nothing here and no lead has nothing to remember.
-        idle = [key for key, served in self._served.items() if served <= self._virtual_ms and key not in backlogged]
-        for key in idle:
-            if not any(key in held for held in self._outstanding.values()):
-                del self._served[key]
-                self._weights.pop(key, None)
+            self._served[entry.key] = self._served.get(entry.key, 0.0) + entry.cost_ms / entry.weight
 
 
 @dataclass(slots=True)
