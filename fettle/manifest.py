@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from pydantic import Field, JsonValue
 
+from fettle.extract import AnswerSpec as AnswerSpec
 from fettle.findings import Analysis as Analysis
 from fettle.findings import Bin as Bin
 from fettle.findings import Certificate as Certificate
@@ -48,7 +49,9 @@ class Head(StrEnum):
 class Task(Strict):
     """What the model answers. `labels` in the order of the logits; `width` is the length of an output row.
 
-    For text `width` is the vocabulary that logits are over, and `end_ids` the tokens that end a text.
+    For text `width` is the vocabulary that logits are over, and `end_ids` the tokens that end a text; `answer` says
+    what of a text is compared with the reference's (all of it if None), `instruction` how the texts of the data became
+    prompts, with `{text}` for the text.
     """
 
     kind: TaskKind
@@ -58,6 +61,8 @@ class Task(Strict):
     pooling: Literal["mean", "cls", "max"] | None = None
     normalized: bool = False
     end_ids: list[int] = []
+    answer: AnswerSpec | None = None
+    instruction: str | None = None
 
 
 class TokenizerSpec(Strict):
