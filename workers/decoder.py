@@ -26,9 +26,15 @@ class Runner(Protocol):
     """
 
     manifest: VariantManifest
-    slots: int
-    context: int
-    bytes_per_token: int
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def bytes_per_token(self) -> int: ...
 
     def warm_up(self) -> None:
         """Run typical shapes once, so that the first request does not pay for allocation and compilation."""

@@ -16,6 +16,7 @@ from fettle.errors import UsageError
 from fettle.family import MANIFEST_FILE, check_files, parse_manifest
 from fettle.manifest import Runtime, VariantManifest
 from fettle.rows import Exits, Outputs, Rows
+from workers.decoder import Runner
 
 WARM_UP_SHAPES = ((1, 16), (8, 32))
 
@@ -67,10 +68,7 @@ def open_engine(directory: Path, options: EngineOptions | None = None) -> Engine
         UsageError: the device is not there.
     """
     options = options or EngineOptions()
-    manifest = parse_manifest(directory / MANIFEST_FILE, VariantManifest)
-    if options.verify:
-        for problem in check_files(directory, manifest.files):
-            raise problem
+    manifest = _verified(directory, options)
     match manifest.runtime:
         case Runtime.ONNX:
             if manifest.stages:
@@ -89,3 +87,33 @@ def open_engine(directory: Path, options: EngineOptions | None = None) -> Engine
 
             return FakeEngine(manifest)
     raise UsageError(f"no engine for runtime {manifest.runtime!r}")
+
+
+def open_runner(directory: Path, options: EngineOptions | None = None) -> Runner:
+    """The same for a variant that generates text.
+
+    Raises:
+        IntegrityError: a file is missing or was changed.
+        FamilyError: the variant generates no text.
+        UsageError: the device is not there, or the runtime has no runner.
+    """
+    options = options or EngineOptions()
+    manifest = _verified(directory, options)
+    match manifest.runtime:
+        case Runtime.ONNX:
+            from workers.onnx_decoder import OnnxDecoder
+
+            return OnnxDecoder(directory, manifest, options)
+        case Runtime.FAKE:
+            from workers.fake_decoder import FakeRunner
+
+            return FakeRunner(manifest)
+    raise UsageError(f"no runner for runtime {manifest.runtime!r}")
+
+
+def _verified(directory: Path, options: EngineOptions) -> VariantManifest:
+    manifest = parse_manifest(directory / MANIFEST_FILE, VariantManifest)
+    if options.verify:
+        for problem in check_files(directory, manifest.files):
+            raise problem
+    return manifest
