@@ -194,7 +194,7 @@ class InOrder:
         self._outstanding_ms -= sum(job.predicted_ms for job in batch)
 
 
-class Oracle:
+class MostRows:
     """Knows what every job that has come really takes, and gives up those whose loss saves the most others.
 
     At every free place it keeps the largest set of the waiting that can all be in time (Moore, "An n job, one machine

@@ -229,17 +229,11 @@ def work_shares(family: Family, variants: Collection[str]) -> dict[str, float]:
 def make_batcher(
     manifest: VariantManifest, slots: ReplicaSlots, config: ServeConfig, work_share: float = 1.0
 ) -> Batcher:
-    """The batcher before a variant. `work_share`: see `work_shares`.
-
-    A batch holds the tokens that make good use of a call, but no more than take half of the latency objective: whoever
-    comes while it runs waits for it.
-    """
+    """The batcher before a variant. `work_share`: see `work_shares`."""
     assert manifest.measured is not None
     table = manifest.measured.latency
     bounds = config.batch
-    good = latency.best_tokens_per_call(table, CALL_MS)
-    soon = latency.tokens_within(table, config.gears.objective_ms / 2 / work_share)
-    tokens = bounds.max_tokens or min(good, soon)
+    tokens = bounds.max_tokens or batch_tokens(table, config.gears.objective_ms, work_share)
     return Batcher(
         slots=slots,
         cost=RowCosts(table, tokens, manifest.tokenizer.max_length),
@@ -250,6 +244,14 @@ def make_batcher(
         call_s=CALL_MS / 1000,
         stages=manifest.exits + 1,
     )
+
+
+def batch_tokens(table: LatencyTable, objective_ms: float, work_share: float) -> int:
+    """The tokens of a batch that make good use of a call, but no more than take half of the latency objective: whoever
+    comes while it runs waits for it.
+    """
+    good = latency.best_tokens_per_call(table, CALL_MS)
+    return min(good, latency.tokens_within(table, objective_ms / 2 / work_share))
 
 
 def clients_of(config: ServeConfig) -> dict[str, Client]:

@@ -40,7 +40,7 @@ TOKENIZE_INLINE_CHARACTERS = 20_000
 LONGEST_TIMEOUT_S = 3600.0
 # A reply has its own way back, and Serve, which knows the same header, ends a request at its time with an error of its
 # own shape: so the deadline is this much earlier, or a tenth of the time where that is less.
-MARGIN_S = 0.02
+MARGIN_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)

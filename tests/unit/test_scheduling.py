@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fettle.scheduling import (
     NEVER,
+    PROMISED,
     SLACK,
     BatchBounds,
     Entry,
@@ -496,10 +497,10 @@ def test_each_priority_has_a_limit_of_its_own():
 
 
 def test_what_does_not_fit_before_its_deadline_is_not_promised():
-    queue, _ = filled([row(100.0, within_s=0.5)])
+    queue, _ = filled([row(100.0 / PROMISED, within_s=0.5)])
 
     def promises(cost_ms: float, within_s: float, speed: Speed = AT_ONCE) -> bool:
-        return queue.can_promise([row(cost_ms, within_s).entry(0.0)], 0.0, speed)
+        return queue.can_promise([row(cost_ms / PROMISED, within_s).entry(0.0)], 0.0, speed)
 
     assert promises(50.0, 0.06), "it goes before the one that waits, which has time"
     assert not promises(50.0, 0.04)
@@ -518,7 +519,7 @@ def test_without_a_deadline_nothing_is_promised_and_nothing_refused():
 
 
 def test_the_rows_of_a_request_are_promised_together():
-    rows = [row(30.0, within_s=0.1).entry(0.0) for _ in range(4)]
+    rows = [row(30.0 / PROMISED, within_s=0.1).entry(0.0) for _ in range(4)]
     queue = Queue(IN_ORDER)
     assert queue.can_promise(rows[:3], 0.0, AT_ONCE)
     assert not queue.can_promise(rows, 0.0, AT_ONCE)
