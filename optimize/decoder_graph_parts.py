@@ -30,7 +30,7 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 BOUNDED_ROTARY = {"longrope": "original_max_position_embeddings"}
 EXACT_ROTARY = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 ONE_ROTARY = "rotary"
-# GroupQueryAttention wants heads of so many values, or a multiple.
+# GroupQueryAttention has heads of so many values, or a multiple, and turns so many by angles.
 HEAD_STEP = 16
 
 
@@ -239,12 +239,14 @@ def _check_config(config: PreTrainedConfig) -> None:
         raise PassError(f"the decoder graph has no activation {_activation(config)!r}")
     if getattr(config, "use_bidirectional_attention", False):
         raise PassError("the decoder graph is causal; this model's attention looks at later tokens too")
-    if _head_dim(config) % HEAD_STEP:
-        raise PassError(
-            f"ONNX Runtime's attention takes heads of a multiple of {HEAD_STEP} values; this model has "
-            f"{_head_dim(config)}. The torch runtime serves it"
-        )
     for settings in _rotary_settings(config):
+        size = _head_dim(config)
+        turned = int(size * settings.get("partial_rotary_factor", 1.0))
+        if size % HEAD_STEP or turned % HEAD_STEP:
+            raise PassError(
+                f"ONNX Runtime's attention has heads of a multiple of {HEAD_STEP} values, and turns such a multiple of "
+                f"them; this model turns {turned} of {size}. The torch runtime serves it"
+            )
         if settings["rope_type"] not in EXACT_ROTARY:
             raise PassError(f"the decoder graph has no rotary embedding of the kind {settings['rope_type']!r}")
 

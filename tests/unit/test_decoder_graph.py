@@ -86,7 +86,9 @@ def test_steps_of_rows_with_different_lengths(model, runner):
     for slot, (ids, length) in enumerate(zip(texts, LENGTHS, strict=True)):
         assert runner.feed(slot, ids[:length], 0, 0).shape == (0, VOCABULARY)
     for step in range(8):
-        found = runner.decode(np.array([ids[at + step] for ids, at in zip(texts, LENGTHS, strict=True)]), lengths + step)
+        found = runner.decode(
+            np.array([ids[at + step] for ids, at in zip(texts, LENGTHS, strict=True)]), lengths + step
+        )
         assert_close(found, np.stack([each[at + step] for each, at in zip(expected, LENGTHS, strict=True)]))
 
 
@@ -162,7 +164,8 @@ def test_context_ends_where_angles_begin_to_depend_on_the_length():
         (hf.GPT2Config(), "gpt2"),
         (hf.Qwen3MoeConfig(), "qwen3_moe"),
         (hf.LlamaConfig(hidden_act="relu"), "relu"),
-        (hf.LlamaConfig(head_dim=24), "24"),
+        (hf.LlamaConfig(head_dim=24), "24 of 24"),
+        (hf.Phi3Config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.25}), "24 of 96"),
         (hf.Gemma3TextConfig(use_bidirectional_attention=True), "later tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

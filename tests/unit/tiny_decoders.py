@@ -55,11 +55,13 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "factor": 4.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
     "original_max_position_embeddings": 48,
     "partial_rotary_factor": 0.5,
 }
+LONGROPE_CONTEXT = {"original_max_position_embeddings": 48, "rope_parameters": LONGROPE}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7, "layer_types": SLIDING}
 
 # Name, configuration, and what differs from SIZES. Head sizes are multiples of 16, as ONNX Runtime wants them.
@@ -74,7 +76,7 @@ ARCHITECTURES: dict[str, tuple[type[hf.PreTrainedConfig], dict[str, object]]] = 
     "qwen3": (hf.Qwen3Config, {"head_dim": 16}),
     "smollm3": (hf.SmolLM3Config, {"hidden_size": 64, "no_rope_layers": [1, 0, 1]}),
     "phi3": (hf.Phi3Config, {"hidden_size": 64, "sliding_window": None}),
-    "phi3-partial": (hf.Phi3Config, {"hidden_size": 64, "sliding_window": 9, "rope_parameters": LONGROPE}),
+    "phi3-partial": (hf.Phi3Config, {"hidden_size": 128, "sliding_window": 9, **LONGROPE_CONTEXT}),
     "gemma2": (hf.Gemma2Config, {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3": (hf.Gemma3TextConfig, GEMMA),
 }
