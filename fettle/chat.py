@@ -187,9 +187,10 @@ def _compiled(source: str) -> Template:
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now
     tree = environment.parse(source)
-    for block in [*tree.find_all(nodes.For), *tree.find_all(nodes.Macro)]:
-        call = nodes.Call(nodes.Name(TICK, "load"), [], [], None, None)
-        block.body.insert(0, nodes.ExprStmt(call).set_lineno(block.lineno))
+    bodies = [block.body for block in tree.find_all(nodes.For)] + [block.body for block in tree.find_all(nodes.Macro)]
+    for body in bodies:
+        look = nodes.ExprStmt(nodes.Call(nodes.Name(TICK, "load"), [], [], None, None))
+        body.insert(0, look.set_lineno(1))
     return environment.from_string(tree)
 
 
