@@ -1,40 +1,43 @@
 """A user's model, by path or hub id, to a `Reference`: the model in float32, its task and its tokenizer.
 
-Reads sequence classifiers, sentence-transformers directories and bare encoders. Runs no code from a checkpoint and
-reads no pickle. What it cannot serve faithfully it refuses, by name.
+Reads sequence classifiers, sentence-transformers directories and bare encoders; language models are
+`optimize.decoder_load`'s. What it cannot serve faithfully it refuses, by name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import JsonValue
 from safetensors import SafetensorError
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle.errors import ModelError, first_line
 from fettle.manifest import Head, Source, Task, TaskKind, TokenizerSpec
-from fettle.store import sha256_file
+from optimize.source import (
+    check_complete,
+    check_vocabulary,
+    check_weights,
+    fingerprint,
+    length_limit,
+    located,
+    optional_json,
+    pad_id,
+    read_config,
+    read_json,
+    read_tokenizer,
+)
 from workers.torch_encoder import Scorer, build_scorer
 
 Pooling = Literal["mean", "cls", "max"]
-WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-UNWANTED_FILES = ["onnx/*", "openvino/*", "checkpoint-*"]
-VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-# Above this, a tokenizer's `model_max_length` is transformers' way to say that nobody set it.
-SANE_LENGTH = 1_000_000
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 OLD_POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -93,15 +96,20 @@ def load_reference(source: str, *, task: TaskKind | None = None) -> Reference:
     Raises:
         ModelError: not found, incomplete, unsafe (pickle, remote code), or of a kind that Fettle does not serve.
     """
-    root = _located(source)
+    root = located(source)
     layout = _layout(root)
-    config = _config(layout.directory)
+    config = read_config(layout.directory)
     kind = _kind(config, layout, task)
-    _check_weights(layout.directory)
+    if kind is TaskKind.GENERATE:
+        # A circle otherwise: a decoder's reference is a `Reference` too.
+        from optimize.decoder_load import load_decoder
+
+        return load_decoder(source, layout.directory, config)
+    check_weights(layout.directory)
     notes = dict(layout.notes)
     answers = _task(config, layout, kind, notes)
     scorer = _scorer(layout.directory, answers)
-    tokenizer = _tokenizer(layout.directory)
+    tokenizer = read_tokenizer(layout.directory)
     spec = _tokenizer_spec(tokenizer, scorer.model, config, layout, notes)
     text = _tokenizer_json(tokenizer, layout)
     architecture = (config.architectures or [type(scorer.model).__name__])[0]
@@ -111,83 +119,9 @@ def load_reference(source: str, *, task: TaskKind | None = None) -> Reference:
         task=answers,
         tokenizer=spec,
         tokenizer_json=text,
-        source=Source(name=source, architecture=architecture, sha256=_fingerprint(root)),
+        source=Source(name=source, architecture=architecture, sha256=fingerprint(root)),
         notes=notes,
     )
-
-
-# Finding the files.
-
-
-def _located(source: str) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"{source} is a file; give the directory that holds config.json and model.safetensors")
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"{source}: no such directory")
-    return _downloaded(source)
-
-
-def _downloaded(source: str) -> Path:
-    try:
-        return Path(snapshot_download(source, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES))
-    except HFValidationError:
-        raise ModelError(f"{source}: no such directory, and not a hub id either") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{source}: no such directory, and the hub did not deliver a model of that name "
-            f"({type(error).__name__}); check the spelling and the network, or give a local directory"
-        ) from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error})") from None
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.is_file() else {}
-
-
-def _config(directory: Path) -> PreTrainedConfig:
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"{directory} has no config.json; give a directory saved by `save_pretrained`")
-    content = _read_json(directory / "config.json")
-    try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        if "auto_map" in content:
-            raise ModelError(
-                f"{directory} needs code that comes with the checkpoint (auto_map in config.json), which Fettle never "
-                "runs; use a model whose architecture is part of transformers"
-            ) from error
-        raise ModelError(f"{directory}/config.json: transformers does not know this model ({error})") from error
-
-
-def _check_weights(directory: Path) -> None:
-    if any(directory.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"{directory} has its weights only as pickle ({pickles[0]}), which can run code when it is read; convert "
-            "it with `AutoModel...from_pretrained(...).save_pretrained(...)` if you trust it, and give that directory"
-        )
-    raise ModelError(f"{directory} has no weights (model.safetensors); copy them there or download the model again")
-
-
-def _fingerprint(root: Path) -> str:
-    """SHA-256 over the names and contents of the files that make up the model."""
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        if path.is_file() and any(relative.match(pattern) for pattern in WANTED_FILES):
-            digest.update(f"{relative}\0{sha256_file(path)}\n".encode())
-    return digest.hexdigest()
 
 
 # What the files say about the task.
@@ -196,11 +130,11 @@ def _fingerprint(root: Path) -> str:
 def _layout(root: Path) -> Layout:
     if not (root / "modules.json").is_file():
         return Layout(root)
-    settings = _optional_json(root / "config_sentence_transformers.json")
+    settings = optional_json(root / "config_sentence_transformers.json")
     family = settings.get("model_type", "SentenceTransformer")
     if family not in ("SentenceTransformer", "CrossEncoder"):
         raise ModelError(f"{root} is a sentence-transformers {family}, which Fettle does not serve")
-    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in _read_json(root / "modules.json")}
+    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in read_json(root / "modules.json")}
     strange = [name for name in modules if name not in ("Transformer", "Pooling", "Normalize")]
     if strange or "Transformer" not in modules:
         raise ModelError(
@@ -208,7 +142,7 @@ def _layout(root: Path) -> Layout:
             f"this model has {', '.join(strange) or 'no Transformer'}"
         )
     directory = root / modules["Transformer"]
-    sentence = _optional_json(directory / "sentence_bert_config.json")
+    sentence = optional_json(directory / "sentence_bert_config.json")
     notes: dict[str, JsonValue] = {}
     if settings.get("default_prompt_name"):
         notes["prompt"] = (
@@ -226,7 +160,7 @@ def _layout(root: Path) -> Layout:
 
 
 def _pooling(path: Path) -> Pooling:
-    content = _read_json(path)
+    content = read_json(path)
     modes = content.get("pooling_mode")
     if modes is None:
         modes = [name for key, name in OLD_POOLING_KEYS.items() if content.get(key)]
@@ -242,8 +176,8 @@ def _kind(config: PreTrainedConfig, layout: Layout, wanted: TaskKind | None) -> 
     classifier = any(name.endswith("ForSequenceClassification") for name in names)
     if config.is_encoder_decoder:
         raise ModelError(f"{config.model_type} is an encoder-decoder, which Fettle does not serve")
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
-        raise ModelError(f"{names[0]} is a language model; Fettle serves encoders so far")
+    if any(name.endswith(LANGUAGE_MODELS) for name in names) or wanted is TaskKind.GENERATE:
+        return _language(config, wanted)
     if wanted is TaskKind.CLASSIFY and not classifier:
         raise ModelError(f"{', '.join(names) or config.model_type} has no classification head; use --task embed")
     if wanted is None and not classifier and layout.pooling is None and any("For" in name for name in names):
@@ -253,6 +187,15 @@ def _kind(config: PreTrainedConfig, layout: Layout, wanted: TaskKind | None) -> 
     if wanted is not None:
         return wanted
     return TaskKind.CLASSIFY if classifier and layout.pooling is None else TaskKind.EMBED
+
+
+def _language(config: PreTrainedConfig, wanted: TaskKind | None) -> TaskKind:
+    name = (config.architectures or [config.model_type])[0]
+    if not name.endswith(LANGUAGE_MODELS):
+        raise ModelError(f"{name} is not a causal language model, so it generates no text; leave --task away")
+    if wanted not in (None, TaskKind.GENERATE):
+        raise ModelError(f"{name} is a language model, which Fettle serves for --task generate alone")
+    return TaskKind.GENERATE
 
 
 def _task(config: PreTrainedConfig, layout: Layout, kind: TaskKind, notes: dict[str, JsonValue]) -> Task:
@@ -281,34 +224,12 @@ def _scorer(directory: Path, task: Task) -> Scorer:
         scorer, report = build_scorer(directory, task, torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{directory}: transformers cannot load the weights ({first_line(error)})") from error
-    # transformers would fill what is missing at random and only log it.
-    missing = sorted(set(report["missing_keys"]) | {str(key) for key in report["mismatched_keys"]})
-    missing = [key for key in missing if task.kind is TaskKind.CLASSIFY or "pooler." not in key]
-    if missing:
-        raise ModelError(
-            f"{directory}: the weights lack {missing[0]}"
-            + (f" and {len(missing) - 1} more" if missing[1:] else "")
-            + ", so the model would answer at random; fine-tune it first"
-        )
+    missing = set(report["missing_keys"]) | {str(key) for key in report["mismatched_keys"]}
+    check_complete(directory, {key for key in missing if task.kind is TaskKind.CLASSIFY or "pooler." not in key})
     return scorer
 
 
 # Tokenizer.
-
-
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    # Without any of these transformers makes up a tokenizer that knows no words.
-    if not any(file for pattern in VOCABULARIES for file in directory.glob(pattern)):
-        raise ModelError(f"{directory} has no tokenizer (tokenizer.json); save it there with `save_pretrained`")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
-        raise ModelError(f"{directory}: no tokenizer that transformers can load ({first_line(error)})") from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{directory}: {type(tokenizer).__name__} has no fast version; convert it to tokenizer.json first"
-        )
-    return tokenizer
 
 
 def _tokenizer_spec(
@@ -319,19 +240,12 @@ def _tokenizer_spec(
     notes: dict[str, JsonValue],
 ) -> TokenizerSpec:
     vocabulary = cast(Any, model).get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
-        raise ModelError(
-            f"{layout.directory}: the tokenizer knows {len(tokenizer)} tokens, the model only {vocabulary}; "
-            "they do not belong together"
-        )
+    check_vocabulary(tokenizer, vocabulary, layout.directory)
     limits = [tokenizer.model_max_length, layout.max_length, _positions(model, config)]
-    sane = [int(limit) for limit in limits if limit is not None and 2 <= limit < SANE_LENGTH]
-    if not sane:
-        raise ModelError(f"{layout.directory}: no length limit; set model_max_length in tokenizer_config.json")
     return TokenizerSpec(
-        max_length=min(sane),
+        max_length=length_limit(limits, layout.directory),
         vocabulary=vocabulary,
-        pad_id=_pad_id(tokenizer, config, layout.directory, notes),
+        pad_id=pad_id(tokenizer, config, layout.directory, notes),
         segments=bool(getattr(config, "type_vocab_size", 0) > 1) and "token_type_ids" in _arguments(model),
     )
 
@@ -348,18 +262,6 @@ def _positions(model: nn.Module, config: PreTrainedConfig) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return int(limit) - module.padding_idx - 1
     return int(limit)
-
-
-def _pad_id(
-    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, directory: Path, notes: dict[str, JsonValue]
-) -> int:
-    if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
-    substitute = config.pad_token_id if config.pad_token_id is not None else tokenizer.eos_token_id
-    if substitute is None:
-        raise ModelError(f"{directory}: the tokenizer has no padding token; set pad_token in tokenizer_config.json")
-    notes["padding"] = f"the tokenizer has no padding token; rows are padded with token {substitute}"
-    return int(substitute)
 
 
 def _arguments(model: nn.Module) -> list[str]:

@@ -197,7 +197,7 @@ def test_unreachable_hub_is_refused(monkeypatch):
     def fail(*_, **__):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("optimize.load.snapshot_download", fail)
+    monkeypatch.setattr("optimize.source.snapshot_download", fail)
     with pytest.raises(ModelError, match="hub did not deliver"):
         load_reference("someone/something")
 
