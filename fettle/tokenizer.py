@@ -6,16 +6,19 @@ Only the `tokenizers` library is needed here, not transformers, so a router star
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from fettle.errors import RequestError
 from fettle.manifest import TokenizerSpec
 from fettle.rows import Row
+from fettle.spelling import Spelling
 
 Text = str | tuple[str, str]
 
@@ -85,6 +88,20 @@ class Tokenizer:
     def pieces(self, text: str, *, special: bool) -> Encoding:
         """The full encoding (ids, tokens, offsets, special mask), never truncated; for `/tokenize`."""
         return self._fast.encode(text, add_special_tokens=special)
+
+    def ids(self, text: str, *, special: bool) -> NDArray[np.int32]:
+        """A prompt's ids, int32 [tokens], never truncated; `special`: with the tokens that begin or end every text."""
+        [encoding] = self._fast.encode_batch_fast([text], add_special_tokens=special)
+        return np.array(encoding.ids, np.int32)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self._fast.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """What each token stands for."""
+        return Spelling(self._fast)
 
     def _shorter(self, text: Text, limit: int) -> Encoding:
         with self._cutting:
