@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,18 +68,25 @@ class Table:
     empty: int
 
 
-def load_splits(files: DataFiles, seed: int = 0) -> Splits:
+Reader = Callable[[Path, DataFiles], Table]
+
+
+def load_splits(files: DataFiles, seed: int = 0, read: Reader | None = None) -> Splits:
     """Read the files and make disjoint splits of them; one file is split by the hash of its texts.
+
+    Args:
+        read: from a file to its rows; `read_table` if None.
 
     Raises:
         DataError: a file, a line or a column cannot be used; or too few rows are left to report on.
     """
     warnings: list[str] = []
+    read = read or read_table
     if files.data is not None:
-        tables = _divide(_read_counted(files.data, files, warnings), seed)
+        tables = _divide(_read_counted(read, files.data, files, warnings), seed)
     else:
         given = {name: getattr(files, name) for name in SPLITS}
-        tables = {name: _read_counted(path, files, warnings) for name, path in given.items() if path is not None}
+        tables = {name: _read_counted(read, path, files, warnings) for name, path in given.items() if path is not None}
     splits = _without_duplicates(tables, warnings)
     rows = len(splits["test"])
     if rows < MINIMUM_TEST_ROWS:
@@ -96,17 +103,17 @@ def read_table(path: Path, files: DataFiles) -> Table:
     Raises:
         DataError: unreadable, wrongly encoded, broken lines (the first few are named), or a column that is not there.
     """
-    records = list(_records(path))
-    if not records:
+    rows = list(records(path))
+    if not rows:
         raise DataError(f"{path}: no rows")
-    _check_columns(path, files, {column for _, record in records for column in record})
+    _check_columns(path, files, {column for _, record in rows for column in record})
     texts: list[Text] = []
     labels: list[Any] = []
     broken: list[tuple[int, str]] = []
     empty = 0
-    for line, record in records:
+    for line, record in rows:
         sides = [record.get(column) for column in (files.text_column, files.pair_column) if column is not None]
-        wrong = next(filter(None, map(_not_a_text, sides)), None)
+        wrong = next(filter(None, map(not_a_text, sides)), None)
         if wrong is not None:
             broken.append((line, wrong))
         elif not all(side and side.strip() for side in sides):
@@ -114,7 +121,7 @@ def read_table(path: Path, files: DataFiles) -> Table:
         else:
             texts.append(str(sides[0]) if len(sides) == 1 else (str(sides[0]), str(sides[1])))
             labels.append(_blank_to_none(record.get(files.label_column)))
-    _raise_if_broken(path, broken)
+    raise_if_broken(path, broken)
     return Table(texts, labels if any(label is not None for label in labels) else None, empty)
 
 
@@ -166,8 +173,8 @@ def _without_duplicates(tables: dict[str, Table], warnings: list[str]) -> dict[s
     return splits
 
 
-def _read_counted(path: Path, files: DataFiles, warnings: list[str]) -> Table:
-    table = read_table(path, files)
+def _read_counted(read: Reader, path: Path, files: DataFiles, warnings: list[str]) -> Table:
+    table = read(path, files)
     if table.empty:
         warnings.append(f"{path.name}: dropped {table.empty} rows without text")
     return table
@@ -176,7 +183,7 @@ def _read_counted(path: Path, files: DataFiles, warnings: list[str]) -> Table:
 # Files
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """`(line, columns)` of each row of a file of any known kind."""
     name = path.name.removesuffix(".gz")
     try:
@@ -220,7 +227,7 @@ def _json_lines(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]
             records.append((number, record))
         else:
             broken.append((number, f"a JSON {type(record).__name__}, not an object"))
-    _raise_if_broken(path, broken)
+    raise_if_broken(path, broken)
     return iter(records)
 
 
@@ -239,7 +246,7 @@ def _csv(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
         broken.append((reader.line_num, str(error)))
     finally:
         csv.field_size_limit(limit)
-    _raise_if_broken(path, broken)
+    raise_if_broken(path, broken)
     return iter(records)
 
 
@@ -268,7 +275,7 @@ def _check_columns(path: Path, files: DataFiles, present: set[str]) -> None:
             )
 
 
-def _raise_if_broken(path: Path, broken: Iterable[tuple[int, str]]) -> None:
+def raise_if_broken(path: Path, broken: Iterable[tuple[int, str]]) -> None:
     broken = list(broken)
     if not broken:
         return
@@ -277,7 +284,7 @@ def _raise_if_broken(path: Path, broken: Iterable[tuple[int, str]]) -> None:
     raise DataError(f"{path}: {count}: {shown}" + "; ..." * (len(broken) > SHOWN))
 
 
-def _not_a_text(value: Any) -> str | None:
+def not_a_text(value: Any) -> str | None:
     """Why a value cannot be a text; None for a text and for no value."""
     if value is None:
         return None
