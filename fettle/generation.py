@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fettle.errors import FettleError
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -118,11 +120,20 @@ class Prompt:
 class Step:
     """What one step of the engine did for one generation: new tokens, and how it ended, if it did.
 
-    `prompt` comes once, with the first token, where the prompt's own log-probabilities were asked for: a `Token` for
-    each token of the prompt, the first one's logprob nan.
+    Attributes:
+        error: instead of `finish` where it failed; the tokens before it stay good.
+        cached: told with the first token, how many of the prompt's tokens were known from an earlier generation.
+        prompt: told with the first token, where the prompt's own log-probabilities were asked for: a `Token` for each
+            token of the prompt, the first one's logprob nan.
     """
 
     id: str
     tokens: tuple[Token, ...]
     finish: Finish | None = None
+    error: FettleError | None = None
+    cached: int = 0
     prompt: tuple[Token, ...] | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.finish is not None or self.error is not None
