@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 
 from deployments import border, schemas, shapes
-from deployments.border import ERRORS, Api, BodyReader, reply
-from deployments.router import LONGEST_TIMEOUT_S, Asked, Client, Inferred, Router, Tokenized, Wishes
+from deployments.border import Api, BodyReader, Route, reply
+from deployments.conversations import Conversations
+from deployments.router import Asked, Client, Inferred, Router, Tokenized
 from deployments.status import Status
+from deployments.token_api import TokenEndpoints
 from deployments.walk import Visit
+from deployments.wishes import wishes_of
 from fettle import __version__
 from fettle.answers import Floats, normalized, probabilities, truncated_vectors
 from fettle.errors import RequestError
 from fettle.manifest import Task, TaskKind
 
-DESCRIPTION = "Measured variants of transformer encoders, in the request shapes of OpenAI, vLLM and TEI."
-
-# Path, handler, and what a good reply holds.
-Route = tuple[str, Callable[..., Awaitable[Response]], Any]
+DESCRIPTION = "Measured variants of transformers, in the request shapes of OpenAI, vLLM and TEI."
 
 
 def build_api(router: Router, clients: Mapping[str, Client] | None = None) -> Api:
-    """The ASGI application around a router; `clients` by their API keys, none for a service that is open to all."""
-    endpoints = Endpoints(router)
-    direct = {path: handler for path, handler, _ in endpoints.inference}
+    """The ASGI application around a router; `clients` by their API keys, none for a service that is open to all.
+
+    Raises:
+        FamilyError, ModelError: a family's chat template is none.
+    """
+    conversations = Conversations(router.families.values())
+    groups: list[Endpoints | TokenEndpoints] = [Endpoints(router), TokenEndpoints(router, conversations)]
+    routes = [route for group in groups for route in group.routes]
+    direct = {path: handler for path, handler, _ in routes}
     app = Api(direct, clients or {}, title="Fettle", version=__version__, description=DESCRIPTION)
-    endpoints.add_to(app)
+    border.add_posts(app, routes)
     Status(router).add_to(app)
     border.install_error_handlers(app)
-    border.document(app, endpoints.readers)
+    border.document(app, {path: reader for group in groups for path, reader in group.readers.items()})
     return app
 
 
@@ -115,28 +120,19 @@ class Endpoints:
             "/classify": schemas.ClassifyRequest,
             "/embed": schemas.EmbedRequest,
             "/predict": schemas.PredictRequest,
-            "/tokenize": schemas.TokenizeRequest,
         }
         limit = router.limits.max_body_bytes
         self.readers: dict[str, BodyReader[Any]] = {path: BodyReader(model, limit) for path, model in models.items()}
 
     @property
-    def inference(self) -> list[Route]:
+    def routes(self) -> list[Route]:
         scores = list[schemas.Score]
         return [
             ("/v1/embeddings", self.embeddings, schemas.EmbeddingsReply),
             ("/classify", self.classify, schemas.ClassifyReply),
             ("/embed", self.embed, list[list[float]]),
             ("/predict", self.predict, scores | list[scores]),
-            ("/tokenize", self.tokenize, schemas.TokenizeReply | list[list[schemas.TeiToken]]),
         ]
-
-    def add_to(self, app: FastAPI) -> None:
-        """Register every path, with what it may answer."""
-        for path, handler, model in self.inference:
-            app.add_api_route(
-                path, handler, methods=["POST"], responses=ERRORS | {200: {"model": model}}, response_class=Response
-            )
 
     async def embeddings(self, request: Request) -> Response:
         """Embeddings as the OpenAI API documents them."""
@@ -204,25 +200,8 @@ class Endpoints:
         ranked = [[{"score": row[i], "label": labels[i]} for i in np.argsort(-row, kind="stable")] for row in scores]
         return reply(ranked[0] if single else ranked, answer.headers)
 
-    async def tokenize(self, request: Request) -> Response:
-        """Token ids, in vLLM's shape for `prompt` and in TEI's for `inputs`."""
-        body: schemas.VllmTokenizeRequest | schemas.TeiTokenizeRequest = await self.readers["/tokenize"](request)
-        family, _ = self._router.find(body.model)
-        if isinstance(body, schemas.VllmTokenizeRequest):
-            return reply(await asyncio.to_thread(shapes.vllm_tokens, family, body))
-        texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-        self._router.check_inputs(len(texts))
-        return reply(await asyncio.to_thread(shapes.tei_tokens, family, texts, special=body.add_special_tokens))
-
     def _ask(self, request: Request, body: schemas.Wished, kind: TaskKind) -> Asked:
-        wishes = Wishes(
-            max_disagreement=_tolerance(request, body.max_disagreement),
-            allow_degraded=body.allow_degraded,
-            priority=body.priority,
-            timeout_s=_timeout_s(request),
-            explain=isinstance(body, schemas.Explained) and body.explain,
-        )
-        return self._router.ask(body.model, kind, wishes, border.client_of(request))
+        return self._router.ask(body.model, kind, wishes_of(request, body), border.client_of(request))
 
     async def _answer(
         self, asked: Asked, inputs: Any, *, max_length: int | None = None, truncate: bool = True
@@ -235,36 +214,6 @@ class Endpoints:
         else:
             tokenized = self._router.rows_of_ids(asked.family, ids, max_length=max_length, truncate=truncate)
         return Answer(self._router.id, asked, tokenized, await self._router.infer(asked, tokenized))
-
-
-def _tolerance(request: Request, given: float | str | None) -> float | str | None:
-    """The class from the body, else from the header `x-max-disagreement`."""
-    header = request.headers.get("x-max-disagreement")
-    if given is not None or header is None:
-        return given
-    try:
-        value = float(header)
-    except ValueError:
-        return header.strip()
-    if not 0 <= value <= 1:
-        raise RequestError(f"x-max-disagreement: {header!r} is no share from 0 to 1", param="x-max-disagreement")
-    return value
-
-
-def _timeout_s(request: Request) -> float | None:
-    header = request.headers.get("x-request-timeout-seconds")
-    if header is None:
-        return None
-    try:
-        value = float(header)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= LONGEST_TIMEOUT_S:
-        raise RequestError(
-            f"x-request-timeout-seconds: {header!r} is no number of seconds above 0 and up to {LONGEST_TIMEOUT_S:g}",
-            param="x-request-timeout-seconds",
-        )
-    return value
 
 
 def _step(visit: Visit) -> dict[str, Any]:

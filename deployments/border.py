@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -23,6 +23,8 @@ logger = logging.getLogger("ray.serve")
 Model = TypeVar("Model")
 
 Handler = Callable[[Request], Awaitable[Response]]
+# Path, handler, and what a good reply holds.
+Route = tuple[str, Callable[..., Awaitable[Response]], Any]
 
 # The page asks for a key itself.
 OPEN_PATHS = frozenset({"/health", "/"})
@@ -55,9 +57,11 @@ def error_reply(error: FettleError) -> Response:
 class BodyReader(Generic[Model]):
     """Reads, bounds and validates one kind of body. Also knows how to describe it in the OpenAPI document."""
 
-    def __init__(self, model: Any, max_bytes: int) -> None:
+    def __init__(self, model: Any, max_bytes: int, remedies: Mapping[str, str] | None = None) -> None:
+        """`remedies`: what is said of a field whose value is wrong; by its name, below others with dots between."""
         self.adapter: TypeAdapter[Model] = TypeAdapter(model)
         self._max_bytes = max_bytes
+        self._remedies = remedies or {}
 
     async def __call__(self, request: Request) -> Model:
         """Raises TooLargeError for a body over the limit, RequestError for all else that is wrong with it."""
@@ -68,7 +72,7 @@ class BodyReader(Generic[Model]):
         try:
             return self.adapter.validate_json(body)
         except ValidationError as error:
-            raise _explained(error) from None
+            raise _explained(error, self._remedies) from None
 
     async def _read(self, request: Request) -> bytes:
         limit = self._max_bytes
@@ -87,13 +91,14 @@ class BodyReader(Generic[Model]):
         return b"".join(pieces)
 
 
-def _explained(error: ValidationError) -> RequestError:
+def _explained(error: ValidationError, remedies: Mapping[str, str]) -> RequestError:
     """One readable line from pydantic's report; of a union's many complaints, the alternatives in words."""
     problems = error.errors(include_url=False, include_input=False)
     first = problems[0]
     if first["type"] == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first['ctx']['error']}")
-    path = [str(part) for part in first["loc"]]
+    # Parts that name a member of a union of models are no fields of the client's.
+    path = [str(part) for part in first["loc"] if not str(part).endswith("Request")]
     field = next((part for part in path if part in ("input", "inputs")), None)
     if field is not None:
         empty = any(problem["type"] in ("too_short", "string_too_short") for problem in problems)
@@ -102,9 +107,21 @@ def _explained(error: ValidationError) -> RequestError:
     if path[:1] == ["max_disagreement"]:
         what = "must be a share from 0 to 1, `exact`, or the name of a class"
         return RequestError(f"max_disagreement: {what}", param="max_disagreement")
-    # The first parts may name a member of a union of models, which is no field of the client's.
-    where = ".".join(part for part in path if not part.endswith("Request")) or "body"
+    for end in range(len(path), 0, -1):
+        remedy = remedies.get(".".join(part for part in path[:end] if not part.isdecimal()))
+        if remedy is not None and first["type"] != "missing":
+            where = ".".join(path[:end])
+            return RequestError(f"{where}: {remedy}", param=where)
+    where = ".".join(path) or "body"
     return RequestError(f"{where}: {first['msg']}", param=where)
+
+
+def add_posts(app: FastAPI, routes: Iterable[Route]) -> None:
+    """Register paths that are posted to, with what they may answer."""
+    for path, handler, model in routes:
+        app.add_api_route(
+            path, handler, methods=["POST"], responses=ERRORS | {200: {"model": model}}, response_class=Response
+        )
 
 
 def document(app: FastAPI, readers: Mapping[str, BodyReader[Any]]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Ids = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
@@ -80,35 +80,6 @@ class PredictRequest(Wished):
     raw_scores: bool = False
     truncate: bool | None = None
     truncation_direction: Literal["right", "Right"] = "right"
-
-
-class VllmTokenizeRequest(Body):
-    """vLLM's `POST /tokenize`."""
-
-    prompt: str
-    model: str | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
-
-
-class TeiTokenizeRequest(Body):
-    """TEI's `POST /tokenize`."""
-
-    inputs: Text | Texts
-    model: str | None = None
-    add_special_tokens: bool = True
-
-
-def _tokenize_shape(body: object) -> str:
-    return "VllmTokenizeRequest" if isinstance(body, dict) and "prompt" in body else "TeiTokenizeRequest"
-
-
-# Told apart by their field, so that a complaint is about the shape that the client meant.
-TokenizeRequest = Annotated[
-    Annotated[VllmTokenizeRequest, Tag("VllmTokenizeRequest")]
-    | Annotated[TeiTokenizeRequest, Tag("TeiTokenizeRequest")],
-    Discriminator(_tokenize_shape),
-]
 
 
 class Usage(BaseModel):
@@ -188,21 +159,6 @@ class ClassifyReply(BaseModel):
 class Score(BaseModel):
     score: float
     label: str
-
-
-class TokenizeReply(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
-
-
-class TeiToken(BaseModel):
-    id: int
-    text: str
-    special: bool
-    start: int | None
-    stop: int | None
 
 
 class ModelCard(BaseModel):

@@ -72,6 +72,13 @@ class ServedFamily:
         return self.family.manifest.task
 
     @property
+    def context(self) -> int:
+        """How many tokens whichever variant answers can take; of a text generator, those that it makes included."""
+        decoders = [self.family.variant(name).decoder for name in self.batchers]
+        limits = [decoder.context for decoder in decoders if decoder is not None]
+        return min([self.family.manifest.tokenizer.max_length, *limits])
+
+    @property
     def models(self) -> list[str]:
         return [self.name, *(f"{self.name}:{variant}" for variant in self.batchers)]
 

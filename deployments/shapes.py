@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding
 
-from deployments import schemas
-from deployments.served import ServedFamily
 from fettle.errors import RequestError
 from fettle.manifest import Head, Task
 from fettle.tokenizer import Text
@@ -63,32 +59,3 @@ def as_floats(vector: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def as_base64(vector: NDArray[np.float32]) -> str:
     return base64.b64encode(np.ascontiguousarray(vector, "<f4").data).decode()
-
-
-def vllm_tokens(family: ServedFamily, body: schemas.VllmTokenizeRequest) -> dict[str, Any]:
-    encoding = family.tokenizer.pieces(body.prompt, special=body.add_special_tokens)
-    return {
-        "count": len(encoding.ids),
-        "max_model_len": family.tokenizer.spec.max_length,
-        "tokens": encoding.ids,
-        "token_strs": encoding.tokens if body.return_token_strs else None,
-    }
-
-
-def tei_tokens(family: ServedFamily, texts: Sequence[str], *, special: bool) -> list[list[dict[str, Any]]]:
-    return [_tei_pieces(family.tokenizer.pieces(text, special=special)) for text in texts]
-
-
-def _tei_pieces(encoding: Encoding) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": token,
-            "text": piece,
-            "special": bool(mask),
-            "start": None if mask else start,
-            "stop": None if mask else stop,
-        }
-        for token, piece, mask, (start, stop) in zip(
-            encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
-        )
-    ]

@@ -26,7 +26,7 @@ CHECKS = [
     response_headers_conformance,
     negative_data_rejection,
 ]
-POSTED = ["/v1/embeddings", "/classify", "/embed", "/predict", "/tokenize"]
+POSTED = ["/v1/embeddings", "/classify", "/embed", "/predict", "/tokenize", "/detokenize"]
 READ = ["/v1/models", "/info", "/quality", "/stats", "/health", "/ready"]
 EXAMPLES = 60
 
@@ -57,6 +57,9 @@ def test_posting_is_as_documented(document, path, mode):
         # A made-up model is a 404 whatever else is in the request: most requests name one that exists.
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str) and len(case.body["model"]) != 1:
             case.body["model"] = "emb" if "embed" in path else "sections"
+        # So is a token outside the vocabulary a 400.
+        if mode is GenerationMode.POSITIVE and path == "/detokenize":
+            case.body["tokens"] = [token % 200 for token in case.body["tokens"]]
         answered += case.call_and_validate(checks=CHECKS).status_code == 200
 
     try_one()

@@ -430,7 +430,7 @@ async def test_live_and_ready(small):
 async def test_the_document_names_every_path(small):
     document = (await small.get("/openapi.json")).json()
     assert set(document["paths"]) == {
-        "/v1/embeddings", "/classify", "/embed", "/predict", "/tokenize", "/v1/models", "/info", "/quality", "/stats",
-        "/health", "/ready",
+        "/v1/embeddings", "/classify", "/embed", "/predict", "/tokenize", "/detokenize", "/v1/models", "/info",
+        "/quality", "/stats", "/health", "/ready",
     }  # fmt: skip
     assert (await small.get("/docs")).status_code == 200
