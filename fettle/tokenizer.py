@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
+from fettle.detokenize import Detokenizer
 from fettle.errors import RequestError
 from fettle.manifest import TokenizerSpec
 from fettle.rows import Row
@@ -102,6 +103,11 @@ class Tokenizer:
     def spelling(self) -> Spelling:
         """What each token stands for."""
         return Spelling(self._fast)
+
+    @cached_property
+    def detokenizer(self) -> Detokenizer:
+        """Makes text of token ids as they come."""
+        return Detokenizer(self._fast, self.spelling)
 
     def _shorter(self, text: Text, limit: int) -> Encoding:
         with self._cutting:
