@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fettle.errors import PassError
 from fettle.manifest import Head, Task
-from optimize.anatomy import Anatomy, Batch, Layer, dissect
+from optimize.anatomy import Anatomy, Batch, dissect
 from workers.torch_encoder import Scorer
 
 Loss = Callable[[Tensor], Tensor]
@@ -36,7 +36,7 @@ def layer_influence(scorer: Scorer, batches: Iterable[Batch]) -> list[float]:
     sums, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
     for batch in batches:
         inside = batch[1].bool()
-        sums += torch.stack(_cosine_sums(scorer, layers, batch, inside))
+        sums += torch.stack(cosine_sums(scorer, [layer.module for layer in layers], batch, inside))
         tokens += int(inside.sum())
     if not tokens:
         raise PassError("no text to measure the layers on")
@@ -111,8 +111,11 @@ def _own_labels(values: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(values, decided, reduction="sum")
 
 
-def _cosine_sums(scorer: Scorer, layers: list[Layer], batch: Batch, inside: Tensor) -> list[Tensor]:
-    """One float64 sum for each layer run, in the order of the forward pass: a shared module runs several times."""
+def cosine_sums(model: nn.Module, layers: Iterable[nn.Module], batch: Batch, inside: Tensor) -> list[Tensor]:
+    """The sum of `cos(input, output)` over the tokens `inside`, for each layer's run, in the order of the forward pass.
+
+    One float64 for each run, since a shared module runs several times.
+    """
     sums: list[Tensor] = []
 
     def record(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -120,15 +123,16 @@ def _cosine_sums(scorer: Scorer, layers: list[Layer], batch: Batch, inside: Tens
         cosines = functional.cosine_similarity(inputs[0].double(), after.double(), dim=-1)
         sums.append(cosines[inside].sum().cpu())
 
-    modules = {id(layer.module): layer.module for layer in layers}
+    modules = {id(layer): layer for layer in layers}
     handles = [module.register_forward_hook(record) for module in modules.values()]
-    with _hooks(handles), torch.no_grad():
-        scorer(*batch)
+    with hooks(handles), torch.no_grad():
+        model(*batch)
     return sums
 
 
 @contextlib.contextmanager
-def _hooks(handles: list[RemovableHandle]) -> Iterator[None]:
+def hooks(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Take these hooks away at the end."""
     try:
         yield
     finally:
@@ -146,7 +150,7 @@ def _masks(anatomy: Anatomy, rows: int, device: torch.device) -> Iterator[dict[i
             mask = torch.ones(rows, 1, units, device=device, requires_grad=True)
             masks[id(module)] = mask
             handles.append(module.register_forward_pre_hook(_multiply_by(mask, size)))
-    with _hooks(handles):
+    with hooks(handles):
         yield masks
 
 
