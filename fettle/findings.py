@@ -6,11 +6,14 @@ answers is `fettle.points`.
 
 from __future__ import annotations
 
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fettle.schema import Identifier, Strict
+
+TextFeature = Literal["sum", "lowest", "tenth", "median", "mean", "length"]
 
 
 class Gate(Strict):
@@ -23,14 +26,84 @@ class Gate(Strict):
     temperature: float = Field(default=1.0, gt=0)
 
 
+class EndGate(Strict):
+    """A text ends before a token where the model gave ending here at least this probability instead."""
+
+    threshold: float = Field(gt=0, le=1)
+    min_tokens: int = Field(default=1, ge=0, description="of the text, before it may end so")
+
+
+class AnswerGate(Strict):
+    """A text ends where the answer in it is there, stable, and sure.
+
+    It is looked for after `first` tokens and then after every `every`; the same one has been found `stable` times in a
+    row, and the probabilities of the tokens that it consists of multiply to the threshold, or the lowest reaches it.
+    """
+
+    threshold: float = Field(ge=0, le=1)
+    measure: Literal["product", "lowest"] = "product"
+    stable: int = Field(default=1, ge=1)
+    first: int = Field(default=1, ge=1)
+    every: int = Field(default=1, ge=1)
+
+
+class StopGates(Strict):
+    """When a generation ends early with what it has. What a client sets itself (`early_stop`) has this shape too."""
+
+    end: EndGate | None = None
+    answer: AnswerGate | None = None
+
+
+class TextScore(Strict):
+    """How probable it is that the reference gives the same answer, from the log-probabilities of an answer's tokens.
+
+    The weighted sum of some features (`fettle.text_scores`), through a line that rises from knot to knot: `raw` to
+    `agreed`. Fitted on `rows` validation rows.
+    """
+
+    weights: dict[TextFeature, float] = Field(min_length=1)
+    raw: list[float] = Field(min_length=1)
+    agreed: list[Annotated[float, Field(ge=0, le=1)]]
+    rows: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def rises(self) -> TextScore:
+        if len(self.raw) != len(self.agreed):
+            raise ValueError("raw and agreed must be equally long")
+        if any(right <= left for left, right in pairwise(self.raw)):
+            raise ValueError("raw must rise from knot to knot")
+        if any(right < left for left, right in pairwise(self.agreed)):
+            raise ValueError("agreed must not fall from knot to knot")
+        return self
+
+
+class Floor(Strict):
+    """An attempt whose score after exactly `after` tokens is below this is given up."""
+
+    after: int = Field(ge=1)
+    score: float = Field(ge=0, le=1)
+
+
+class TextGates(StopGates):
+    """How a variant's text is stopped and, where another step follows, scored and given up.
+
+    Without floors an attempt is still given up as soon as its score cannot reach the step's gate any more.
+    """
+
+    score: TextScore | None = None
+    floors: list[Floor] = []
+
+
 class Step(Strict):
     """One variant of an operating point, with one gate for each of its stages (one if it has no exits).
 
-    A row that passes no gate goes to the next step; what reaches the last gate of the last step is answered there.
+    A row that passes no gate goes to the next step; what reaches the last gate of the last step is answered there. For
+    texts there is one gate, for the score of the whole answer, and `text` says how the generation is stopped.
     """
 
     variant: Identifier
     gates: list[Gate] = Field(min_length=1)
+    text: TextGates | None = None
 
 
 class Certificate(Strict):
@@ -70,6 +143,23 @@ class Outcome(Strict):
     scores: list[int] = []
 
 
+class TextFigures(Strict):
+    """What an operating point for texts draws, on average a request of `rows`, beside the reference alone.
+
+    `tokens` by step, end tokens and given-up attempts included; `reached` by step, the share of the requests.
+    """
+
+    rows: int = Field(ge=1)
+    errors: int = Field(ge=0)
+    disagreement: float = Field(ge=0, le=1)
+    reached: list[float]
+    tokens: list[float]
+    cost_ms: float = Field(ge=0)
+    reference_tokens: float = Field(ge=0)
+    reference_cost_ms: float = Field(ge=0)
+    given_up: float = Field(ge=0, le=1, description="share of the requests whose first attempt was given up")
+
+
 class OperatingPoint(Strict):
     """A way to answer: variants in order with their gates, what it costs, and what is certified about it."""
 
@@ -79,6 +169,22 @@ class OperatingPoint(Strict):
     expected_cpu_ms: float = Field(ge=0, description="a row on average, from the stages' costs and validation's rows")
     tuned_disagreement: float = Field(ge=0, le=1, description="on validation, where the thresholds were chosen")
     test: Outcome | None = None
+    text: TextFigures | None = Field(default=None, description="of a point for texts, on validation")
+
+
+class VotePoint(Strict):
+    """When a vote among `choices` sampled answers may end early; `certificate`: how often that changes the winner.
+
+    `confidence` None ends it only where no vote left to draw can change the winner. `drawn`: choices on average.
+    """
+
+    id: Identifier
+    choices: int = Field(ge=2)
+    confidence: float | None = Field(default=None, gt=0.5, lt=1)
+    temperature: float = Field(gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    drawn: float = Field(ge=1)
+    certificate: Certificate | None = Field(default=None, description="none is needed where no winner can change")
 
 
 class Tested(Strict):

@@ -13,8 +13,11 @@ from pydantic import Field, JsonValue
 
 from fettle.extract import AnswerSpec as AnswerSpec
 from fettle.findings import Analysis as Analysis
+from fettle.findings import AnswerGate as AnswerGate
 from fettle.findings import Bin as Bin
 from fettle.findings import Certificate as Certificate
+from fettle.findings import EndGate as EndGate
+from fettle.findings import Floor as Floor
 from fettle.findings import Gate as Gate
 from fettle.findings import LabelDisagreement as LabelDisagreement
 from fettle.findings import Level as Level
@@ -23,7 +26,12 @@ from fettle.findings import Outcome as Outcome
 from fettle.findings import ScoreCalibration as ScoreCalibration
 from fettle.findings import SelfDisagreement as SelfDisagreement
 from fettle.findings import Step as Step
+from fettle.findings import StopGates as StopGates
 from fettle.findings import Tested as Tested
+from fettle.findings import TextFigures as TextFigures
+from fettle.findings import TextGates as TextGates
+from fettle.findings import TextScore as TextScore
+from fettle.findings import VotePoint as VotePoint
 from fettle.schema import Identifier as Identifier
 from fettle.schema import RelativePath as RelativePath
 from fettle.schema import Sha256 as Sha256

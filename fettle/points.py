@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from fettle.answers import Floats, confidence
 from fettle.errors import FamilyError
-from fettle.family import dump_manifest
 from fettle.manifest import Certificate, Gate, Head, OperatingPoint, Step, Strict, Task, TaskKind, VariantManifest
 from fettle.policy import passes
 from fettle.rows import Exits, Outputs, Row, Rows, in_batches
@@ -66,7 +66,10 @@ def choose_point(points: Iterable[OperatingPoint], max_disagreement: float) -> O
 
 def fingerprint(point: OperatingPoint) -> str:
     """Hex SHA-256 of how the point answers and of what is certified about it; a new certificate is another one."""
-    return sha256_bytes(dump_manifest(_Promise(steps=point.steps, certificate=point.certificate)))
+    promise = _Promise(steps=point.steps, certificate=point.certificate)
+    # Without what is None, so that a new optional field leaves the evidence about older points theirs.
+    content = promise.model_dump(mode="json", exclude_none=True)
+    return sha256_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
 
 
 def whole(variant: VariantManifest) -> tuple[Step]:

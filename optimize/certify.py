@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ from fettle import certificates
 from fettle.answers import EMBEDDING_COSINE_FLOOR, Floats
 from fettle.errors import PassError
 from fettle.manifest import (
-    Certificate,
     Head,
     LabelDisagreement,
     Level,
@@ -40,6 +39,8 @@ TEMPERATURES_SHARE = 0.1
 
 Report = Callable[[float], None]
 Stages = Mapping[str, Sequence[Graded]]
+Words = Callable[[Sequence[Step]], str]
+Batchings = Literal["any", "worst of alone, mixed and full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,19 @@ class Tuned:
 
 
 @dataclass(frozen=True, slots=True)
+class Unseen:
+    """The calibration rows, as a path of policies is tested on them: how many there are, and how many a policy changes.
+
+    `batchings`: in which a policy's errors are counted.
+    """
+
+    rows: int
+    errors: Callable[[Policy], int]
+    self_changed: float = 0.0
+    batchings: Callable[[Policy], Batchings] = lambda _: "any"
+
+
+@dataclass(frozen=True, slots=True)
 class Certified:
     """`points` in the order of the levels that have one; `notes` say in words what was decided."""
 
@@ -106,10 +120,10 @@ def certify(
     _check(problem)
     each = delta / len(levels) if simultaneous else delta
     tuned = tune(problem, levels, report)
-    unseen = calibration_stages(problem, tuned)
+    unseen = _unseen(problem, calibration_stages(problem, tuned))
     points, done = [], []
     for alpha in levels:
-        level, point = _certify_level(problem, tuned, unseen, alpha, each)
+        level, point = certify_level(path(tuned.policies, alpha), unseen, alpha, each)
         done.append(level)
         points += [point] if point else []
     scores = []
@@ -119,7 +133,8 @@ def certify(
             for name, stages in tuned.stages.items()
             for stage in stages
         ]
-    return Certified(points, done, scores, _notes(tuned, done, points, each))
+    ways = f"{len(tuned.policies)} ways to answer from {len(tuned.stages)} variants"
+    return Certified(points, done, scores, notes(ways, done, points, each))
 
 
 def tune(problem: Problem, levels: Sequence[float] = LEVELS, report: Report = lambda _: None) -> Tuned:
@@ -204,28 +219,30 @@ def label_disagreement(
     ]
 
 
-def _certify_level(
-    problem: Problem, tuned: Tuned, unseen: Stages, alpha: float, delta: float
+def certify_level(
+    planned: Sequence[Policy], unseen: Unseen, alpha: float, delta: float, words: Words = in_words
 ) -> tuple[Level, OperatingPoint | None]:
-    rows = len(problem.calibration)
+    """Test a path of policies in its order on rows that it was not made with; the last that passes may be promised."""
     needed = certificates.rows_needed(alpha, delta)
-    if problem.self_changed > alpha:
-        reason = f"the reference disagrees with itself on {problem.self_changed:.2%} of the rows, in other batches"
+    if unseen.self_changed > alpha:
+        reason = f"the reference disagrees with itself on {unseen.self_changed:.2%} of the rows, in other batches"
         return Level(alpha=alpha, reason=reason), None
-    if rows < needed:
-        reason = f"{rows} calibration rows are too few: it takes {needed} at the least, and more where there are errors"
+    if unseen.rows < needed:
+        few = f"{unseen.rows} calibration rows are too few"
+        reason = f"{few}: it takes {needed} at the least, and more where there are errors"
         return Level(alpha=alpha, reason=reason, rows_needed=needed), None
-    planned = path(tuned.policies, alpha)
     if not planned:
         return Level(alpha=alpha, reason="no variant stays within this level on the validation rows"), None
-    errors = [int(worst_errors(policy.steps, unseen).sum()) for policy in planned]
-    passed = certificates.fixed_sequence(errors, rows, alpha, delta)
+    errors = [unseen.errors(policy) for policy in planned]
+    passed = certificates.fixed_sequence(errors, unseen.rows, alpha, delta)
     tests = [
         Tested(
-            label=in_words(policy.steps),
+            label=words(policy.steps),
             expected_cpu_ms=policy.cost_ms,
             tuned_disagreement=policy.disagreement,
-            certificate=_certificate(policy, count, unseen, rows, alpha, delta),
+            certificate=certificates.certify(count, unseen.rows, alpha, delta).model_copy(
+                update={"batchings": unseen.batchings(policy)}
+            ),
         )
         # What lies behind the first failure was not tested.
         for policy, count in zip(planned[: passed + 1], errors, strict=False)
@@ -245,26 +262,36 @@ def _certify_level(
     return Level(alpha=alpha, point=point.id, path=tests), point
 
 
-def _certificate(policy: Policy, errors: int, unseen: Stages, rows: int, alpha: float, delta: float) -> Certificate:
-    any_batching = all(len(unseen[step.variant][0].wrong) == 1 for step in policy.steps)
-    made = certificates.certify(errors, rows, alpha, delta)
-    return made if any_batching else made.model_copy(update={"batchings": "worst of alone, mixed and full"})
-
-
-def _notes(tuned: Tuned, levels: Sequence[Level], points: Sequence[OperatingPoint], delta: float) -> list[str]:
-    notes = [f"{len(tuned.policies)} ways to answer from {len(tuned.stages)} variants were compared on validation"]
+def notes(
+    ways: str, levels: Sequence[Level], points: Sequence[OperatingPoint], delta: float, words: Words = in_words
+) -> list[str]:
+    """What was compared and what came of each level, in words."""
+    found = [f"{ways} were compared on validation"]
     by_id = {point.id: point for point in points}
     for level in levels:
         if level.point is None:
-            notes.append(f"{level.alpha:.1%}: answered by the reference; {level.reason}")
+            found.append(f"{level.alpha:.1%}: answered by the reference; {level.reason}")
             continue
         point = by_id[level.point]
-        found = point.certificate
-        notes.append(
-            f"{level.alpha:.1%}: {in_words(point.steps)}, {point.expected_cpu_ms:.2f} ms a row; {found.errors} of "
-            f"{found.rows} calibration rows changed, at most {found.upper_bound:.2%} at confidence {1 - delta:.2%}"
+        proof = point.certificate
+        found.append(
+            f"{level.alpha:.1%}: {words(point.steps)}, {point.expected_cpu_ms:.2f} ms a row; {proof.errors} of "
+            f"{proof.rows} calibration rows changed, at most {proof.upper_bound:.2%} at confidence {1 - delta:.2%}"
         )
-    return notes
+    return found
+
+
+def _unseen(problem: Problem, stages: Stages) -> Unseen:
+    def batchings(policy: Policy) -> Batchings:
+        any_batching = all(len(stages[step.variant][0].wrong) == 1 for step in policy.steps)
+        return "any" if any_batching else "worst of alone, mixed and full"
+
+    return Unseen(
+        rows=len(problem.calibration),
+        errors=lambda policy: int(worst_errors(policy.steps, stages).sum()),
+        self_changed=problem.self_changed,
+        batchings=batchings,
+    )
 
 
 def _check(problem: Problem) -> None:

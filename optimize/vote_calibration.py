@@ -1,0 +1,131 @@
+"""How early a vote among sampled answers may end: replayed on rows with all their choices, certified like the rest.
+
+A vote that ends early changes something where its leader is not the winner of all choices. The path is fixed before any
+row is seen, from the lossless form to ever lower confidence, so no tuning rows are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fettle import certificates
+from fettle.errors import PassError
+from fettle.extract import Answer
+from fettle.findings import Certificate, Level, Tested, VotePoint
+from fettle.votes import VoteRule, Votes
+from optimize.certify import DELTA
+
+CONFIDENCES: Final = (0.9999, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6)
+
+
+@dataclass(frozen=True, slots=True)
+class VoteRows:
+    """Every row's answers, all of its choices in order, and how they were sampled. `choice_ms`: what one costs."""
+
+    answers: Sequence[Sequence[Answer]]
+    temperature: float
+    top_p: float = 1.0
+    choice_ms: float = 0.0
+
+    @property
+    def choices(self) -> int:
+        return len(self.answers[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """By row: how many choices were drawn until the winner was settled, and whether it is another than that of all."""
+
+    drawn: NDArray[np.int64]
+    changed: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class CertifiedVotes:
+    """`lossless` needs no certificate; `points` at the levels that have one."""
+
+    lossless: VotePoint
+    points: list[VotePoint]
+    levels: list[Level]
+
+
+def end_votes(answers: Sequence[Sequence[Answer]], confidence: float | None) -> Ended:
+    """Draw each row's choices in order until its vote is settled."""
+    drawn, changed = [], []
+    for row in answers:
+        whole, votes = _vote(row, None), _vote(row, confidence)
+        drawn.append(votes[1])
+        changed.append(votes[0] != whole[0])
+    return Ended(np.array(drawn, np.int64), np.array(changed, np.bool_))
+
+
+def certify_votes(rows: VoteRows, levels: Sequence[float], delta: float = DELTA) -> CertifiedVotes:
+    """At each level the lowest confidence that passes, in order from the highest; the first failure ends it.
+
+    Raises:
+        PassError: there are no rows, or not all have as many choices.
+    """
+    if not rows.answers or any(len(row) != rows.choices for row in rows.answers) or rows.choices < 2:
+        raise PassError("votes are calibrated on rows that all have the same number of choices, two or more")
+    ended = {confidence: end_votes(rows.answers, confidence) for confidence in CONFIDENCES}
+    points, done = [], []
+    for alpha in levels:
+        level, confidence = _certify_level(rows, ended, alpha, delta)
+        if confidence is not None:
+            proof = level.path[CONFIDENCES.index(confidence)].certificate
+            points.append(_point(rows, f"vote-within-{alpha:g}", ended[confidence], confidence, proof))
+            level = level.model_copy(update={"point": points[-1].id})
+        done.append(level)
+    return CertifiedVotes(_point(rows, "vote-lossless", end_votes(rows.answers, None)), points, done)
+
+
+def _certify_level(rows: VoteRows, ended: dict[float, Ended], alpha: float, delta: float) -> tuple[Level, float | None]:
+    count, needed = len(rows.answers), certificates.rows_needed(alpha, delta)
+    if count < needed:
+        reason = f"{count} rows of choices are too few: it takes {needed} at the least"
+        return Level(alpha=alpha, reason=reason, rows_needed=needed), None
+    errors = [int(found.changed.sum()) for found in ended.values()]
+    passed = certificates.fixed_sequence(errors, count, alpha, delta)
+    tests = [
+        Tested(
+            label=f"{rows.choices} votes at confidence {confidence:g}",
+            expected_cpu_ms=float(ended[confidence].drawn.mean()) * rows.choice_ms,
+            tuned_disagreement=0.0,
+            certificate=certificates.certify(wrong, count, alpha, delta),
+        )
+        for confidence, wrong in zip(CONFIDENCES[: passed + 1], errors, strict=False)
+    ]
+    if not passed:
+        bound = tests[0].certificate.upper_bound
+        reason = f"even confidence {CONFIDENCES[0]:g} failed its test: at most {bound:.2%} is certain"
+        return Level(alpha=alpha, reason=reason, path=tests), None
+    return Level(alpha=alpha, path=tests), CONFIDENCES[passed - 1]
+
+
+def _point(
+    rows: VoteRows, name: str, ended: Ended, confidence: float | None = None, proof: Certificate | None = None
+) -> VotePoint:
+    return VotePoint(
+        id=name,
+        choices=rows.choices,
+        confidence=confidence,
+        temperature=rows.temperature,
+        top_p=rows.top_p,
+        drawn=float(ended.drawn.mean()),
+        certificate=proof,
+    )
+
+
+def _vote(row: Sequence[Answer], confidence: float | None) -> tuple[Answer | None, int]:
+    """The winner, and how many choices were drawn for it."""
+    votes = Votes(VoteRule(len(row), confidence))
+    for choice, answer in enumerate(row):
+        votes.see(choice, answer)
+        if votes.settled:
+            return votes.winner, choice + 1
+    return votes.winner, len(row)
