@@ -100,6 +100,7 @@ class Prompt:
         want_end: whether `Token.end` is wanted.
         prompt_logprobs: whether the log-probabilities of the prompt's own tokens are wanted (`Step.prompt`).
         priority: lower first, as `fettle.scheduling.Priority`; the worker preempts higher ones for memory.
+        given: tokens of the output that another worker has generated and told already; it goes on after them.
     """
 
     id: str
@@ -114,6 +115,7 @@ class Prompt:
     want_end: bool = False
     prompt_logprobs: bool = False
     priority: int = 0
+    given: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ class Step:
     """What one step of the engine did for one generation: new tokens, and how it ended, if it did.
 
     Attributes:
+        end: the end token that was drawn, if one was; it is not among `tokens`.
         error: instead of `finish` where it failed; the tokens before it stay good.
         cached: told with the first token, how many of the prompt's tokens were known from an earlier generation.
         prompt: told with the first token, where the prompt's own log-probabilities were asked for: a `Token` for each
@@ -130,6 +133,7 @@ class Step:
     id: str
     tokens: tuple[Token, ...]
     finish: Finish | None = None
+    end: Token | None = None
     error: FettleError | None = None
     cached: int = 0
     prompt: tuple[Token, ...] | None = None

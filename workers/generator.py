@@ -106,7 +106,7 @@ class Generator:
         vocabulary = self.runner.manifest.task.width
         if not len(prompt.ids) or prompt.ids.min() < 0 or prompt.ids.max() >= vocabulary:
             raise RequestError(f"a prompt is at least one token of 0 to {vocabulary - 1}", param="prompt")
-        if len(prompt.ids) >= self.context:
+        if len(prompt.ids) + len(prompt.given) >= self.context:
             raise RequestError(
                 f"the prompt has {len(prompt.ids)} tokens, and prompt and output together may have {self.context}; "
                 "shorten it",
@@ -115,6 +115,9 @@ class Generator:
         if prompt.id in self._sequences:
             raise RequestError(f"a generation {prompt.id!r} is under way already", param="id")
         sequence = Sequence(prompt, Draw(prompt, vocabulary), self._submitted, self.context)
+        for token in prompt.given:
+            sequence.draw.take(token)
+            sequence.append(token)
         self._submitted += 1
         self.stats.prompts += 1
         self._sequences[prompt.id] = sequence
@@ -332,7 +335,8 @@ class Generator:
             return self._failed(sequence, error)
         if finish is not None:
             self._end(sequence)
-        return Step(sequence.prompt.id, tokens, finish, cached=cached, prompt=prompt)
+        end = outcome if finish is Finish.STOP and not tokens and isinstance(outcome, Token) else None
+        return Step(sequence.prompt.id, tokens, finish, end, cached=cached, prompt=prompt)
 
     def _taken(self, sequence: Sequence, outcome: Token | Finish) -> tuple[tuple[Token, ...], Finish | None]:
         if isinstance(outcome, Finish):
@@ -364,6 +368,7 @@ def _joined(steps: Items[Step]) -> Step:
         last.id,
         tuple(token for step in steps for token in step.tokens),
         last.finish,
+        last.end,
         last.error,
         sum(step.cached for step in steps),
         next((step.prompt for step in steps if step.prompt is not None), None),

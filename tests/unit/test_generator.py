@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -280,6 +281,28 @@ def test_the_prompts_own_probabilities():
         right = logits[asked.ids[place]] - np.log(np.exp(logits).sum())
         assert told[place].logprob == pytest.approx(right, abs=1e-5)
         assert told[place].top[0][0] == logits.argmax()
+
+
+@pytest.mark.parametrize("told", [0, 1, 7])
+def test_another_worker_goes_on_where_one_was_lost(told):
+    whole = prompt(1, 30, 12, sampling=Sampling(seed=4, repetition_penalty=1.2))
+    drawn, _ = alone(whole)
+    run = Run(generator())
+    run.generator.submit(replace(whole, given=tuple(drawn[:told])))
+    run.finish()
+    assert run.tokens["1"] == drawn[told:]
+    assert run.end("1") is Finish.LENGTH
+
+
+def test_the_end_token_is_told_apart():
+    asked = prompt(1, 30, 200, end_ids=frozenset({7, 21}), want_end=True)
+    run = Run(generator())
+    run.generator.submit(asked)
+    end = run.finish().steps["1"][-1].end
+    assert end is not None
+    assert end.id in asked.end_ids
+    assert 0 < end.end < 1
+    assert end.id not in run.tokens["1"]
 
 
 # Guessing ahead.
