@@ -17,6 +17,8 @@ from deployments.border import Api, BodyReader, Route, reply
 from deployments.conversations import Conversations
 from deployments.router import Asked, Client, Inferred, Router, Tokenized
 from deployments.status import Status
+from deployments.text_api import TextEndpoints
+from deployments.text_source import TextSource
 from deployments.token_api import TokenEndpoints
 from deployments.walk import Visit
 from deployments.wishes import wishes_of
@@ -28,14 +30,23 @@ from fettle.manifest import Task, TaskKind
 DESCRIPTION = "Measured variants of transformers, in the request shapes of OpenAI, vLLM and TEI."
 
 
-def build_api(router: Router, clients: Mapping[str, Client] | None = None) -> Api:
+def build_api(
+    router: Router, clients: Mapping[str, Client] | None = None, text_source: TextSource | None = None
+) -> Api:
     """The ASGI application around a router; `clients` by their API keys, none for a service that is open to all.
+
+    `text_source` generates where a family does so.
 
     Raises:
         FamilyError, ModelError: a family's chat template is none.
     """
     conversations = Conversations(router.families.values())
-    groups: list[Endpoints | TokenEndpoints] = [Endpoints(router), TokenEndpoints(router, conversations)]
+    groups: list[Endpoints | TokenEndpoints | TextEndpoints] = [
+        Endpoints(router),
+        TokenEndpoints(router, conversations),
+    ]
+    if text_source is not None and any(family.task.kind is TaskKind.GENERATE for family in router.families.values()):
+        groups.append(TextEndpoints(router, text_source, conversations))
     routes = [route for group in groups for route in group.routes]
     direct = {path: handler for path, handler, _ in routes}
     app = Api(direct, clients or {}, title="Fettle", version=__version__, description=DESCRIPTION)

@@ -35,7 +35,8 @@ class GrammarSpec:
 class EarlyStop:
     """The client's own thresholds for stopping early, which nothing certifies; None of one: it stops nothing.
 
-    `answer_pattern` is a regular expression that does not take long on any text (`deployments.safe_pattern`).
+    `answer_pattern` is a regular expression that `deployments.safe_pattern` has nothing against; without one, the
+    family's own answers are meant (`Task.answer`).
     """
 
     end_probability: float | None = None

@@ -104,6 +104,12 @@ class TooLargeError(RequestError):
     code = "too_large"
 
 
+class ContextLengthError(RequestError):
+    """A prompt, with the answer that was asked for, is longer than the model's context."""
+
+    code = "context_length_exceeded"
+
+
 class OverloadedError(FettleError):
     """Refused at admission; `retry_after_s` is when the queue will have drained, in seconds."""
 
