@@ -25,7 +25,7 @@ FEATURES: Final[tuple[Feature, ...]] = get_args(Feature)
 # These never rise as a text grows, so what they are now is the most that they can come to.
 FALLING: Final = frozenset({"sum", "lowest"})
 # Keeps the weights of features that say the same finite; in units of a feature's standard deviation.
-RIDGE = 1e-2
+RIDGE = 1e-3
 
 
 class Tally:

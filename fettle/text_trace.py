@@ -8,14 +8,18 @@ certified on them (`optimize.text_certify`).
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fettle import generation
+from fettle.detokenize import TextStream
 from fettle.errors import DataError
 from fettle.extract import Answer, Extract
 from fettle.findings import Step
@@ -72,24 +76,32 @@ class Trace:
 
 
 class Recorder:
-    """Makes a trace of a generation's tokens as they come; `piece` is what the detokenizer adds for each."""
+    """Makes the trace of one generation from an engine's steps. Nothing may stop it early; `stream` is its own."""
 
-    def __init__(self, prompt: int) -> None:
-        self._prompt = prompt
+    def __init__(self, prompt: int, stream: TextStream) -> None:
+        self._prompt, self._stream = prompt, stream
         self._tokens: list[Token] = []
         self._pieces: list[str] = []
 
-    def add(self, token: Token, piece: str) -> None:
-        self._tokens.append(token)
-        self._pieces.append(piece)
+    def add(self, step: generation.Step) -> Trace | None:
+        """The trace, once the generation is over.
 
-    def done(self, finish: Finish, *, end: float = math.nan, rest: str = "") -> Trace:
-        """The whole trace. `end`: how probable the end token was that was drawn; `rest`: what the detokenizer held."""
+        Raises:
+            FettleError: what the step says, where the generation failed.
+        """
+        if step.error is not None:
+            raise step.error
+        for token in step.tokens:
+            self._tokens.append(token)
+            self._pieces.append(self._stream.push(token.id))
+        return None if step.finish is None else self._whole(step.finish, step.end)
+
+    def _whole(self, finish: Finish, end: Token | None) -> Trace:
         return Trace(
             ids=np.array([token.id for token in self._tokens], np.int32),
             logprob=np.array([token.logprob for token in self._tokens], np.float32),
-            end=np.array([*(token.end for token in self._tokens), end], np.float32),
-            text="".join(self._pieces) + rest,
+            end=np.array([*(token.end for token in self._tokens), math.nan if end is None else end.end], np.float32),
+            text="".join(self._pieces) + self._stream.finish(),
             ends=np.cumsum([len(piece) for piece in self._pieces], dtype=np.int32),
             finish=finish,
             prompt=self._prompt,
@@ -178,7 +190,7 @@ def read_traces(path: Path) -> list[Trace]:
         with np.load(path, allow_pickle=False) as stored:
             arrays: Mapping[str, NDArray[np.generic]] = {name: stored[name] for name in stored.files}
         return _split(arrays)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, EOFError, ValueError, LookupError, BadZipFile, zlib.error) as error:
         raise DataError(f"{path.name} holds no traces of texts ({error}); delete it and run again") from None
 
 
