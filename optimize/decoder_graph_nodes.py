@@ -19,7 +19,7 @@ from optimize.decoder_graph_parts import Attention, Layer, Linear, Mlp, Norm, Pa
 from optimize.fuse import MICROSOFT
 
 # Of the standard operators in the graph; GroupQueryAttention and its like are ONNX Runtime's own.
-OPSET = 21
+OPSET = 23
 TABLE = "embedding"
 
 
@@ -32,40 +32,37 @@ def write_graph(parts: Parts) -> onnx.ModelProto:
 
 
 class _Writer:
-    """Nodes and constants in graph order.
-
-    Between layers a hidden state is a sum that is not yet made: `_residual` and what the last block adds to it, since
-    the next norm can do the addition.
-    """
+    """Nodes and constants in graph order; `_hidden` is the hidden state so far."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
         table = self._constant(TABLE, parts.table)
-        self._residual = self._add("Gather", [table, "input_ids"], "embedded")
+        self._hidden = self._add("Gather", [table, "input_ids"], "embedded")
         if parts.table_scale != 1.0:
             scale = self._constant("embedding_scale", np.float32(parts.table_scale))
-            self._residual = self._add("Mul", [self._residual, scale], "embedded_scaled")
-        self._pending: str | None = None
+            self._hidden = self._add("Mul", [self._hidden, scale], "embedded_scaled")
         for name, rotary in parts.rotaries().items():
             self._constant(f"{name}.cos", rotary.cos)
             self._constant(f"{name}.sin", rotary.sin)
 
     def layer(self, index: int, layer: Layer) -> None:
         name = f"layers.{index}"
-        attended = self._attention(name, index, layer.attention, self._normed(f"{name}.before", layer.before_attention))
+        attended = self._attention(
+            name, index, layer.attention, self._norm(f"{name}.before", self._hidden, layer.before_attention)
+        )
         if index == self._parts.spec.layers - 1:
             # Of the other positions nobody reads more than the keys and values, which are stored by now.
             attended = self._wanted(f"{name}.wanted", attended, layer.attention.out.weight.shape[0])
-            self._residual = self._wanted("wanted", self._residual, layer.attention.out.weight.shape[1])
+            self._hidden = self._wanted("wanted", self._hidden, layer.attention.out.weight.shape[1])
         output = self._linear(f"{name}.out", attended, layer.attention.out)
-        self._block(f"{name}.after_attention", output, layer.after_attention)
-        mixed = self._mlp(name, layer.mlp, self._normed(f"{name}.between", layer.before_mlp))
-        self._block(f"{name}.after_mlp", mixed, layer.after_mlp)
+        self._block(f"{name}.attended", output, layer.after_attention)
+        mixed = self._mlp(name, layer.mlp, self._norm(f"{name}.between", self._hidden, layer.before_mlp))
+        self._block(f"{name}.mixed", mixed, layer.after_mlp)
 
     def end(self) -> None:
-        hidden = self._normed("norm", self._parts.norm)
+        hidden = self._norm("norm", self._hidden, self._parts.norm)
         head = self._parts.head
         if head is None:
             logits = self._add("Gemm", [hidden, TABLE], "head", transB=1)
@@ -105,9 +102,12 @@ class _Writer:
         else:
             inputs = self._normed_heads(name, attention, attention.query_norm, attention.key_norm, joined)
         inputs += [f"past_key_{index}", f"past_value_{index}", "seqlens_k", "total_sequence_length"]
-        if attention.rotary is not None:
-            inputs += [f"{attention.rotary}.cos", f"{attention.rotary}.sin"]
-        settings: dict[str, Any] = {"scale": attention.scale, "do_rotary": int(attention.rotary is not None)}
+        turned = attention.rotary is not None
+        inputs += [f"{attention.rotary}.cos", f"{attention.rotary}.sin"] if turned else ["", ""]
+        sink = self._constant(f"no_sink.{attention.heads}", np.full(attention.heads, -np.inf, np.float32))
+        inputs += ["", "", sink]
+        # A scale other than 1 keeps the kernel of a single row from being used.
+        settings: dict[str, Any] = {"scale": 1.0, "do_rotary": int(turned)}
         if attention.softcap:
             settings["softcap"] = attention.softcap
         if attention.window is not None:
@@ -161,19 +161,10 @@ class _Writer:
         shape = self._constant(f"{name}.shape", np.array([-1, width], np.int64))
         return self._add("Gather", [self._add("Reshape", [source, shape], f"{name}.flat"), "logit_rows"], name)
 
-    # The hidden state.
-
     def _block(self, name: str, output: str, after: Norm | None) -> None:
-        self._pending = output if after is None else self._norm(name, output, after)
-
-    def _normed(self, name: str, norm: Norm) -> str:
-        """Of the hidden state, which is one tensor afterwards."""
-        if self._pending is None:
-            return self._norm(name, self._residual, norm)
-        inputs = [self._residual, self._pending, self._constant(f"{name}.gain", norm.gain)]
-        self._residual, self._pending = f"{name}.sum", None
-        kind, unused = "SkipSimplifiedLayerNormalization", ["", ""]
-        return self._add(kind, inputs, name, *unused, self._residual, domain=MICROSOFT, epsilon=norm.epsilon)
+        """The hidden state with a block's output."""
+        output = output if after is None else self._norm(f"{name}.normed", output, after)
+        self._hidden = self._add("Add", [self._hidden, output], name)
 
     # Single operators.
 
@@ -185,7 +176,7 @@ class _Writer:
 
     def _norm(self, name: str, source: str, norm: Norm) -> str:
         gain = self._constant(f"{name}.gain", norm.gain)
-        return self._add("SimplifiedLayerNormalization", [source, gain], name, axis=-1, epsilon=norm.epsilon)
+        return self._add("RMSNormalization", [source, gain], name, axis=-1, epsilon=norm.epsilon)
 
     def _split(self, name: str, source: str, widths: list[int]) -> list[str]:
         sizes = self._constant(f"split.{'.'.join(map(str, widths))}", np.array(widths, np.int64))

@@ -52,7 +52,8 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """`qkv` gives the heads of queries, then of keys, then of values.
+    """`qkv` gives the heads of queries, then of keys, then of values. Scores are products of the two as they are: what
+    the model scales them by is in the weights of the queries, or in the gain of their norm.
 
     Attributes:
         softcap: scores s become softcap * tanh(s / softcap); 0 for none.
@@ -66,7 +67,6 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
-    scale: float
     softcap: float
     window: int | None
     rotary: str | None
@@ -187,17 +187,22 @@ class Parts:
     def _attention(self, module: Any, index: int) -> Attention:
         packed = hasattr(module, "qkv_proj")
         projections = [module.qkv_proj] if packed else [module.q_proj, module.k_proj, module.v_proj]
+        qkv, query_norm, scale = _linear(*projections), None, float(module.scaling)
+        if hasattr(module, "q_norm"):
+            norm = self._norm(module.q_norm)
+            query_norm = Norm(norm.gain * np.float32(scale), norm.epsilon)
+        else:
+            qkv = _scaled(qkv, self.config.num_attention_heads * self.spec.head_dim, scale)
         return Attention(
-            qkv=_linear(*projections),
+            qkv=qkv,
             out=_linear(module.o_proj),
             heads=self.config.num_attention_heads,
             kv_heads=self.spec.kv_heads,
             head_dim=self.spec.head_dim,
-            scale=float(module.scaling),
             softcap=float(getattr(module, "attn_logit_softcapping", None) or 0.0),
             window=self._window(module),
             rotary=self._rotary(module, index),
-            query_norm=self._norm(module.q_norm) if hasattr(module, "q_norm") else None,
+            query_norm=query_norm,
             key_norm=self._norm(module.k_norm) if hasattr(module, "k_norm") else None,
         )
 
@@ -279,6 +284,14 @@ def _linear(*modules: nn.Linear) -> Linear:
         weight = torch.cat([module.weight.data for module in modules]).t()
         biases = [module.bias.data for module in modules if module.bias is not None]
         return Linear(_array(weight), _array(torch.cat(biases)) if biases else None)
+
+
+def _scaled(linear: Linear, outputs: int, scale: float) -> Linear:
+    """The first so many outputs times `scale`."""
+    factors = np.ones(linear.weight.shape[1], np.float32)
+    factors[:outputs] = scale
+    bias = None if linear.bias is None else linear.bias * factors
+    return Linear(linear.weight * factors, bias)
 
 
 def _array(tensor: torch.Tensor) -> Floats:

@@ -10,7 +10,9 @@ The graph, `rows` sequences of `tokens` new tokens each, row r having `seqlens_k
     -> logits              float32 [wanted, vocabulary]
     -> present_key_i, present_value_i  the same memory as the past: new keys and values are written into it
 
-Several rows take one new token each, whatever their lengths; several new tokens are for one row, at any position.
+Several rows take one new token each, whatever their lengths; several new tokens are for one row, at any position. On
+CPU a row's logits are the same bits whoever shares the call, and a prompt's whatever pieces it is fed in, unless a
+piece is a single token: the sums of attention are made in another order then.
 Runs on the CPU or CUDA provider, in float32 or what else the graph's keys and values are. Imports no torch.
 """
 
@@ -30,6 +32,8 @@ from workers.key_values import DeviceMemory, HostMemory, KeyValues
 from workers.onnx_encoder import MODEL_FILE, ORT_ERRORS, open_session
 
 KINDS: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# Of a prompt in one call on CPU: more falls out of the caches, and attention makes a row of scores for each.
+CALL_TOKENS = 128
 WARM_UP_TOKENS = 32
 WARM_UP_SLOTS = 8
 
@@ -44,11 +48,12 @@ class GraphRunner:
             UsageError: CUDA was asked for and is not there.
             FamilyError: ONNX Runtime cannot load the graph, or it is no decoder.
         """
-        self._session: ort.InferenceSession | None = open_session(path, options)
+        self._session: ort.InferenceSession | None = open_session(path, options, spin=True)
         self._spec = spec
         kind, self._vocabulary = _kind_and_vocabulary(self._session, path)
         size = np.dtype(kind).itemsize
         memory = HostMemory(size) if options.device == "cpu" else DeviceMemory(kind)
+        self._call_tokens = CALL_TOKENS if options.device == "cpu" else spec.context
         self._kind = kind
         self._device = memory.device
         self._cache = KeyValues(spec, memory, size)
@@ -85,10 +90,14 @@ class GraphRunner:
         self._cache.resize(slots, context)
 
     def feed(self, slot: int, ids: Ids, start: int, logits: int) -> Floats:
-        tokens = len(ids)
-        self._check(slot + 1, start + tokens)
-        wanted = np.arange(tokens - logits, tokens)
-        return self._run(slot, ids.reshape(1, tokens), np.array([start + tokens - 1], np.int32), wanted)
+        self._check(slot + 1, start + len(ids))
+        calls = -(-len(ids) // self._call_tokens)
+        ends = [len(ids) * (call + 1) // calls for call in range(calls)]
+        found = []
+        for at, end in zip([0, *ends], ends, strict=False):
+            wanted = np.arange(max(0, len(ids) - logits - at), end - at)
+            found.append(self._run(slot, ids[None, at:end], np.array([start + end - 1], np.int32), wanted))
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def decode(self, ids: Ids, lengths: Ids) -> Floats:
         rows = len(ids)

@@ -103,13 +103,18 @@ def taken(rows: Rows, chosen: Sequence[int]) -> Rows:
     return Rows(rows.ids[where], rows.lengths[list(chosen)], types)
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """Options of one worker that shares its cores: one graph at a time, `threads` wide, idle threads asleep."""
+def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
+    """Options of one worker that shares its cores: one graph at a time, `threads` wide, idle threads asleep.
+
+    Args:
+        spin: between two operators of a call, threads wait awake for the next one.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    options.add_session_config_entry("session.force_spinning_stop", str(int(spin)))
     options.log_severity_level = 3
     return options
 
@@ -129,14 +134,14 @@ ORT_ERRORS = (
 _NO_CUDA = "no CUDA device is usable by ONNX Runtime; check the driver and CUDA libraries, or set device to cpu"
 
 
-def open_session(path: Path, options: EngineOptions) -> ort.InferenceSession:
+def open_session(path: Path, options: EngineOptions, *, spin: bool = False) -> ort.InferenceSession:
     cpu = options.device == "cpu"
     if not cpu and "CUDAExecutionProvider" not in ort.get_available_providers():
         raise UsageError(_NO_CUDA)
     try:
         session = ort.InferenceSession(
             str(path),
-            session_options(options.threads),
+            session_options(options.threads, spin=spin),
             providers=["CPUExecutionProvider"] if cpu else ["CUDAExecutionProvider", "CPUExecutionProvider"],
             disabled_optimizers=SLOWER_ON_CPU if cpu else [],
         )

@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from optimize.decoder_graph import export_decoder
 from optimize.decoder_graph_parts import decoder_spec
 from tests.unit.tiny_decoders import CONTEXT, PAD_ID, VOCABULARY, decoder_manifest, tiny_decoder
 from workers.engine import EngineOptions, open_runner
-from workers.onnx_decoder import OnnxDecoder
+from workers.onnx_decoder import CALL_TOKENS, GraphRunner, OnnxDecoder
 
 SPEC = decoder_spec(tiny_decoder().config)
 
@@ -84,6 +85,33 @@ def test_a_row_in_a_batch_has_the_logits_that_it_has_alone_bit_for_bit(directory
         together = step(runner, list(range(8)), [len(ids) for ids in texts])
     for row, ids in enumerate(texts):
         assert np.array_equal(alone(directory, ids, row, threads), together[row])
+
+
+def test_pieces_of_a_prompt_give_the_bits_of_the_whole(runner):
+    """As long as no piece is a single token, whose sums are made in another order."""
+    ids = text(40)
+    whole = runner.feed(0, ids, 0, 40)
+    starts = [0, 2, 4, 17, 33, 40]
+    pieces = [runner.feed(1, ids[at:end], at, end - at) for at, end in pairwise(starts)]
+    assert np.array_equal(np.concatenate(pieces), whole)
+
+
+def test_long_prompt_is_fed_in_several_calls(tmp_path):
+    model = tiny_decoder(max_position_embeddings=300)
+    export_decoder(model, tmp_path / "model.onnx")
+    ids = text(263)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0].numpy()
+    with contextlib.closing(GraphRunner(tmp_path / "model.onnx", decoder_spec(model.config), EngineOptions())) as long:
+        long.allocate(2, 300)
+        for tokens in (CALL_TOKENS, CALL_TOKENS + 1, 2 * CALL_TOKENS, 260):
+            for wanted in {0, 1, tokens // 3, tokens // 2, tokens // 2 + 1, tokens}:
+                found = long.feed(1, ids[:tokens], 0, wanted)
+                assert found.shape == (wanted, VOCABULARY)
+                np.testing.assert_allclose(found, expected[tokens - wanted : tokens], atol=1e-4)
+        np.testing.assert_allclose(long.feed(1, ids[260:], 260, 1), expected[262:], atol=1e-4)
+        # No call was of a single token, so the bits are those of any other pieces.
+        assert np.array_equal(long.feed(0, ids[:129], 0, 129), long.feed(1, ids[:260], 0, 260)[:129])
 
 
 def test_more_room_keeps_what_was_there(directory, runner):
