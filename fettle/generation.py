@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,17 @@ class Token:
     logprob: float = float("nan")
     top: tuple[tuple[int, float], ...] = ()
     end: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """What a text has to be, as it was asked for; compiled where it is generated (`fettle.grammar`).
+
+    `value` is a JSON schema as text, a regular expression, or the choices; of `json_object`, nothing.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "choice"]
+    value: str | tuple[str, ...] = ""
 
 
 class Constraint(Protocol):
