@@ -10,6 +10,7 @@ import math
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ray import serve
@@ -20,19 +21,22 @@ from ray.serve.handle import DeploymentHandle
 from deployments.api import build_api
 from deployments.batcher import Batcher
 from deployments.border import Api
+from deployments.lane import Lane, Queued, Replicas
 from deployments.menu import Menu
 from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
 from deployments.router import Client, Router
 from deployments.served import ServedFamily
 from deployments.telemetry import Telemetry
-from deployments.variant import ReplicaSlots, Variant, follow_replicas
+from deployments.text_variant import ReplicaStreams, TextOptions, TextVariant
+from deployments.variant import Followed, ReplicaSlots, Variant, follow_replicas
 from deployments.watch import Watch
 from fettle import latency, policy
 from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig
 from fettle.errors import UsageError
 from fettle.family import Family
+from fettle.latency import TextCosts
 from fettle.limits import KeyLimits
-from fettle.manifest import LatencyTable, VariantManifest
+from fettle.manifest import LatencyTable, TaskKind, VariantManifest
 from fettle.scheduling import BatchBounds, Queue
 from workers.engine import EngineOptions
 
@@ -57,19 +61,21 @@ class RouterIngress:
         handles: Mapping[str, Mapping[str, DeploymentHandle]],
         monitor: DeploymentHandle,
     ) -> None:
-        slots: dict[str, ReplicaSlots] = {}
+        followed: dict[str, Followed] = {}
         families = {}
         for settings, (name, family) in zip(config.families, named_families(config).items(), strict=True):
             shares = work_shares(family, handles[name])
-            batchers = {
-                variant: make_batcher(
-                    family.variant(variant),
-                    slots.setdefault(deployment_name(name, variant), make_slots(handle, config)),
-                    config,
-                    shares[variant],
-                )
-                for variant, handle in handles[name].items()
-            }
+            batchers: dict[str, Queued] = {}
+            for variant, handle in handles[name].items():
+                manifest = family.variant(variant)
+                if manifest.task.kind is TaskKind.GENERATE:
+                    streams = ReplicaStreams(handle)
+                    batchers[variant] = make_lane(manifest, streams, config)
+                    followed[deployment_name(name, variant)] = streams
+                else:
+                    slots = make_slots(handle, config)
+                    batchers[variant] = make_batcher(manifest, slots, config, shares[variant])
+                    followed[deployment_name(name, variant)] = slots
             families[name] = served = ServedFamily.of(settings, name, family, batchers, config.gears)
             for batcher in batchers.values():
                 batcher.calm = served.is_calm
@@ -83,10 +89,10 @@ class RouterIngress:
         self._api = build_api(
             Router(families, config.limits, config.classes, telemetry, watch, router), clients_of(config)
         )
-        self._slots, self._watch = slots, watch
+        self._followed, self._watch = followed, watch
 
     def __serve_build_asgi_app__(self) -> Api:
-        following = follow_replicas(self._slots, serve.get_replica_context().app_name)
+        following = follow_replicas(self._followed, serve.get_replica_context().app_name)
         loop = asyncio.get_running_loop()
         self._running = [loop.create_task(following), loop.create_task(self._watch.run())]
         return self._api
@@ -103,7 +109,7 @@ def build(args: ServeConfig) -> Application:
     families = named_families(args)
     for settings, (name, family) in zip(args.families, families.items(), strict=True):
         handles[name] = {
-            variant: deployment(name, family, variant, args.replicas) for variant in served_variants(settings, family)
+            variant: deployment(name, family, variant, args) for variant in served_variants(settings, family)
         }
     router = RouterIngress.options(  # type: ignore[attr-defined]
         num_replicas=args.routers,
@@ -158,13 +164,18 @@ def served_variants(settings: FamilyConfig, family: Family) -> list[str]:
     return chosen
 
 
-def deployment(name: str, family: Family, variant: str, config: ReplicaConfig) -> Application:
+def deployment(name: str, family: Family, variant: str, settings: ServeConfig) -> Application:
     """One variant's deployment, with its share of CPU, GPU and memory and Ray's autoscaling."""
+    config = settings.replicas
     manifest = family.variant(variant)
-    options = EngineOptions(device=config.device, threads=config.threads)
-    bound: Application = Variant.options(  # type: ignore[attr-defined]
+    engine = EngineOptions(device=config.device, threads=config.threads)
+    directory, nice = str(family.variant_path(variant).resolve()), niceness(family, variant, config)
+    generates = manifest.task.kind is TaskKind.GENERATE
+    kind: Any = TextVariant if generates else Variant
+    text = TextOptions(engine, settings.text, str(family.tokenizer_path.resolve()), nice)
+    bound: Application = kind.options(
         name=deployment_name(name, variant),
-        max_ongoing_requests=config.places,
+        max_ongoing_requests=settings.text.slots + settings.text.waiting if generates else config.places,
         ray_actor_options={
             "num_cpus": replica_cpus(manifest, config),
             "num_gpus": replica_gpus(manifest, config),
@@ -182,7 +193,7 @@ def deployment(name: str, family: Family, variant: str, config: ReplicaConfig) -
         request_router_config=RequestRouterConfig(initial_backoff_s=0.002, backoff_multiplier=2, max_backoff_s=0.01),
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=20.0,
-    ).bind(str(family.variant_path(variant).resolve()), options, niceness(family, variant, config))
+    ).bind(directory, *([text] if generates else [engine, nice]))
     return bound
 
 
@@ -243,6 +254,24 @@ def make_batcher(
         routers=config.routers,
         call_s=CALL_MS / 1000,
         stages=manifest.exits + 1,
+    )
+
+
+def make_lane(manifest: VariantManifest, replicas: Replicas, config: ServeConfig) -> Lane:
+    """The lane before a variant that generates text."""
+    measured = manifest.measured
+    assert measured is not None
+    if measured.prompts is None:
+        raise UsageError(f"variant {manifest.id!r} was not measured as a text generator; run `fettle optimize` again")
+    text = config.text
+    return Lane(
+        slots=replicas,
+        costs=TextCosts(measured.prompts, measured.latency, text.slots, measured.typical_length),
+        places=text.slots + text.waiting,
+        max_queue_s=config.batch.max_queue_s,
+        max_gap_queue_s=config.batch.max_batch_queue_s,
+        routers=config.routers,
+        call_s=CALL_MS / 1000,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deployments.batcher import Batcher
+from deployments.lane import Queued
 from deployments.menu import Menu, Way
 from fettle.config import GearConfig
 from fettle.gears import Gear, path_drain_s, shifted
@@ -20,7 +20,7 @@ EVERY_S = 0.1
 class Gearbox:
     """One gear for each class, by its level; those that allow degraded answers have gears of their own."""
 
-    def __init__(self, menu: Menu, batchers: Mapping[str, Batcher], config: GearConfig) -> None:
+    def __init__(self, menu: Menu, batchers: Mapping[str, Queued], config: GearConfig) -> None:
         self._menu = menu
         self._batchers = batchers
         self._config = config

@@ -168,7 +168,7 @@ class Router:
             raise RateLimitedError(
                 f"the limits of API key {asked.client.name!r} are reached; retry in {wait} s", retry_after_s=wait
             )
-        self._choose(asked)
+        self.choose(asked)
 
     def check_inputs(self, inputs: int) -> None:
         """Raises TooLargeError for more inputs than one request may have."""
@@ -216,9 +216,9 @@ class Router:
         # Drawn before anything is known of the way or the load, so that neither decides what is looked at.
         sample = self.watch.draw(len(tokenized.rows))
         await self.watch.informed()
-        with _holding(asked.client, tokenized.tokens):
-            way, gear = self._choose(asked)
-            with self._counted(asked):
+        with holding(asked.client, tokenized.tokens):
+            way, gear = self.choose(asked)
+            with self.counted(asked):
                 async with _until(asked.terms.deadline):
                     walked = await walk(family, way, tokenized.rows, asked.terms)
         degraded = asked.degraded and way.alpha > asked.quality.tolerance
@@ -257,20 +257,25 @@ class Router:
             return Quality.of(self.classes[wanted], wanted)
         return Quality.of(wanted)
 
-    def _choose(self, asked: Asked) -> tuple[Way, int]:
+    def ways(self, asked: Asked) -> Sequence[Way]:
+        """Who may answer, from the most faithful to the cheapest."""
+        if asked.quality.variant is not None:
+            return [asked.family.menu.pinned(asked.quality.variant)]
+        return asked.family.menu.gears(asked.quality.tolerance, degraded=asked.degraded)
+
+    def choose(self, asked: Asked, only: Sequence[Way] | None = None) -> tuple[Way, int]:
         """The way of the present gear, or a cheaper one of the class where that has no room or no time.
+
+        `only`: among these alone.
 
         Raises:
             OverloadedError: none has room; says when to come back.
             DeadlineError: those that have room cannot answer in time.
         """
         family, quality = asked.family, asked.quality
-        if quality.variant is not None:
-            ways: Sequence[Way] = [family.menu.pinned(quality.variant)]
-            gear = 0
-        else:
-            ways = family.menu.gears(quality.tolerance, degraded=asked.degraded)
-            gear = family.gearbox.number(quality.tolerance, asked.degraded)
+        ways = self.ways(asked) if only is None else only
+        pinned = quality.variant is not None
+        gear = 0 if pinned else family.gearbox.number(quality.tolerance, asked.degraded)
         late = False
         for number in range(min(gear, len(ways) - 1), len(ways)):
             batchers = [family.batchers[variant] for variant in ways[number].variants]
@@ -286,7 +291,7 @@ class Router:
         raise min((batcher.overloaded(asked.terms) for batcher in full), key=lambda error: error.retry_after_s)
 
     @contextmanager
-    def _counted(self, asked: Asked) -> Iterator[None]:
+    def counted(self, asked: Asked) -> Iterator[None]:
         """What goes wrong on the way; refusals before it are counted where they are made."""
         try:
             yield
@@ -310,7 +315,7 @@ class Router:
 
 
 @contextmanager
-def _holding(client: Client, tokens: int) -> Iterator[None]:
+def holding(client: Client, tokens: int) -> Iterator[None]:
     """Count a request of this many tokens against its key's limits."""
     client.limits.enter()
     client.limits.charge(tokens, time.monotonic())

@@ -7,8 +7,8 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from deployments.batcher import Batcher
 from deployments.gearbox import Gearbox
+from deployments.lane import Queued
 from deployments.menu import EXACT, Menu
 from deployments.telemetry import ClassGauges, FamilyGauges, PointGauges, VariantGauges
 from fettle.config import FamilyConfig, GearConfig
@@ -48,7 +48,7 @@ class ServedFamily:
     name: str
     family: Family
     tokenizer: Tokenizer
-    batchers: Mapping[str, Batcher]
+    batchers: Mapping[str, Queued]
     default: Quality
     gears: GearConfig = field(default_factory=GearConfig)
     menu: Menu = field(init=False)
@@ -61,7 +61,7 @@ class ServedFamily:
 
     @classmethod
     def of(
-        cls, settings: FamilyConfig, name: str, family: Family, batchers: Mapping[str, Batcher], gears: GearConfig
+        cls, settings: FamilyConfig, name: str, family: Family, batchers: Mapping[str, Queued], gears: GearConfig
     ) -> ServedFamily:
         """A family with the default class that its settings amount to."""
         tokenizer = Tokenizer(family.tokenizer_path, family.manifest.tokenizer)
@@ -147,7 +147,7 @@ class ServedFamily:
         names = [way.name for way in self.menu.gears(level)] if level or self.reference else []
         return ClassGauges(level_name(level), level, names, gear.number, round(gear.pressure, 4))
 
-    def _variant_gauges(self, name: str, batcher: Batcher) -> VariantGauges:
+    def _variant_gauges(self, name: str, batcher: Queued) -> VariantGauges:
         return VariantGauges(
             id=name,
             stages=batcher.stages,

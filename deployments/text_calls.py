@@ -19,9 +19,9 @@ from deployments.text_schemas import (
     EarlyStopRequest,
     GenerateRequest,
 )
-from deployments.text_source import EarlyStop, GrammarSpec, Ids, TextCall
+from deployments.text_source import EarlyStop, Ids, TextCall
 from fettle.errors import ContextLengthError, RequestError
-from fettle.generation import Sampling
+from fettle.generation import GrammarSpec, Sampling
 from fettle.manifest import Task
 
 COMPLETION_TOKENS = 16

@@ -12,23 +12,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fettle.generation import Finish, Sampling, Token
+from fettle.generation import Finish, GrammarSpec, Sampling, Token
 
 if TYPE_CHECKING:
     from deployments.router import Asked
 
 Ids = NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class GrammarSpec:
-    """What a text has to be, as it was asked for; compiled where it is generated.
-
-    `value` is a JSON schema as text, a regular expression, or the choices; of `json_object`, nothing.
-    """
-
-    kind: Literal["json_object", "json_schema", "regex", "choice"]
-    value: str | tuple[str, ...] = ""
 
 
 @dataclass(frozen=True, slots=True)

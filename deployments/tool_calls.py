@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import orjson
 
 from deployments.text_schemas import ChatRequest, Tool, ToolChoice
-from deployments.text_source import GrammarSpec
 from fettle.errors import RequestError
+from fettle.generation import GrammarSpec
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 

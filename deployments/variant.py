@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 import numpy as np
@@ -73,7 +74,7 @@ class Variant:
 
 
 @contextmanager
-def _losses() -> Iterator[None]:
+def losses() -> Iterator[None]:
     """Ray's ways to say that a replica is gone, as the one that the batcher knows."""
     try:
         yield
@@ -127,14 +128,19 @@ class ReplicaSlot:
 
     async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
         gates = () if exits is None else (exits.thresholds, exits.temperatures)
-        with _losses():
+        with losses():
             reply: Reply = await self.handle.run.remote(rows.ids, rows.lengths, rows.type_ids, *gates)
         if isinstance(reply, str):
             raise EngineError(reply)
         return Outputs(*reply)
 
 
-async def follow_replicas(slots: Mapping[str, ReplicaSlots], application: str) -> None:
+class Followed(Protocol):
+    def resize(self, replicas: int) -> None:
+        """Tell how many replicas are running now."""
+
+
+async def follow_replicas(slots: Mapping[str, Followed], application: str) -> None:
     """Keep every deployment's slots (by its name) at what Ray says is running, until cancelled."""
     while True:
         try:

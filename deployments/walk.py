@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deployments.batcher import Batcher
 from deployments.menu import Way
 from deployments.served import ServedFamily
 from deployments.tickets import Answered, Leg, Terms
@@ -67,6 +68,7 @@ async def walk(family: ServedFamily, way: Way, rows: Sequence[Row], terms: Terms
     for number, stretch in enumerate(way.stretches):
         leg = Leg(stretch.gates, stretch.share, _reserve_s(family, way, number, terms), admitted=number > 0)
         batcher = family.batchers[stretch.step.variant]
+        assert isinstance(batcher, Batcher)
         answers = await batcher.answer([rows[index] for index in left], terms, leg)
         walked.queue_ms += max(answer.queue_ms for answer in answers)
         walked.infer_ms += max(answer.infer_ms for answer in answers)

@@ -114,6 +114,20 @@ class BatchConfig(Settings):
     max_batch_queue_s: float = Field(default=60.0, gt=0, description="the same for requests of priority `batch`")
 
 
+class TextConfig(Settings):
+    """Of the replicas that generate text."""
+
+    slots: int = Field(default=16, ge=1, description="generations that decode together in one replica, at most")
+    cache_bytes: int = Field(
+        default=1 << 30, ge=1, description="memory of one replica for keys and values; long texts take more of it"
+    )
+    chunk_tokens: int = Field(default=128, ge=1, description="of a prompt, fed between two steps of running texts")
+    waiting: int = Field(default=8, ge=0, description="generations that wait at a replica whose slots are full")
+    lookup: bool = Field(
+        default=True, description="guess tokens that stood in the text before, while that pays; changes no text"
+    )
+
+
 class LimitConfig(Settings):
     """Bounds of one request."""
 
@@ -181,6 +195,7 @@ class ServeConfig(Settings):
     families: list[FamilyConfig] = Field(min_length=1)
     replicas: ReplicaConfig = ReplicaConfig()
     batch: BatchConfig = BatchConfig()
+    text: TextConfig = TextConfig()
     limits: LimitConfig = LimitConfig()
     gears: GearConfig = GearConfig()
     monitor: MonitorConfig = MonitorConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 from fettle.manifest import LatencyTable
 
@@ -42,6 +43,32 @@ def tokens_within(table: LatencyTable, ms: float) -> int:
 def best_rows_per_second(table: LatencyTable, length: int) -> float:
     """Rows a second at `length` tokens, in the measured batch size that suits it best."""
     return max(1000 * batch / estimate_ms(table, batch, length) for batch in {cell.batch for cell in table.cells})
+
+
+@dataclass(frozen=True, slots=True)
+class TextCosts:
+    """Predicted ms of a text generator whose replicas decode `rows` texts together.
+
+    `prompts` has what feeding a prompt takes, `steps` one step of decoding by (rows, tokens before it).
+    """
+
+    prompts: LatencyTable
+    steps: LatencyTable
+    rows: int
+    length: int
+
+    def prompt_ms(self, tokens: int) -> float:
+        return estimate_ms(self.prompts, 1, tokens)
+
+    @property
+    def step_ms(self) -> float:
+        """One step of full slots; each text has a token of it."""
+        return estimate_ms(self.steps, self.rows, self.length)
+
+    @property
+    def token_ms(self) -> float:
+        """One text's part of it."""
+        return self.step_ms / self.rows
 
 
 def _interpolate(points: list[tuple[int, float]], at: int) -> float:

@@ -203,7 +203,8 @@ class Measurements(Strict):
     tuned_disagreement: float | None = Field(
         default=None, ge=0, le=1, description="on validation rows in mixed batches; what the search goes by"
     )
-    latency: LatencyTable
+    latency: LatencyTable = Field(description="of a text generator: one step of decoding, `length` tokens before it")
+    prompts: LatencyTable | None = Field(default=None, description="of a text generator: feeding one prompt")
     typical_length: int = Field(ge=1, description="median tokens of a measured row")
     row_cpu_ms: float | None = Field(
         default=None, gt=0, description="processor time of an average measured row, through all stages, in best batches"

@@ -1,0 +1,223 @@
+"""The router's way with text: which variant or operating point answers a call, and its bits as pieces of a reply.
+
+Certificates for text are about one greedy answer to a prompt. So a call in a class that is sampled, wants several
+choices, or has rules of its own for when to stop, is the reference's; a variant that was named answers anything.
+An attempt that another step may replace is kept back until it is taken; streams go by a way of one step where there is
+one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from deployments.lane import Lane
+from deployments.menu import Way
+from deployments.router import Router, holding
+from deployments.text_engine import seeded
+from deployments.text_source import Answering, Piece, Spent, TextCall, Votes
+from deployments.text_work import Bit, TextWork, merged
+from fettle.errors import RequestError
+from fettle.manifest import Step
+from fettle.stopping import takes
+
+
+@dataclass(slots=True)
+class TextRouter:
+    """The API's `TextSource`."""
+
+    router: Router
+
+    async def open(self, call: TextCall) -> AsyncGenerator[Piece, None]:
+        """See `TextSource.open`."""
+        family = call.asked.family
+        if call.vote and family.task.answer is None:
+            raise RequestError(
+                f"answers: family {family.name!r} does not say what the answer in a text is, so none can be voted on; "
+                "optimize it with --answer",
+                param="answers",
+            )
+        with holding(call.asked.client, sum(map(len, call.prompts))), self.router.counted(call.asked):
+            way, gear = self._choose(call)
+            told = _Told(call, way, gear)
+            try:
+                async with aclosing(self._bits(call, way, told)) as bits:
+                    async for some in bits:
+                        for piece in told.pieces(some):
+                            yield piece
+            finally:
+                self._count(call, way, told)
+
+    def _choose(self, call: TextCall) -> tuple[Way, int]:
+        asked = call.asked
+        if asked.quality.variant is not None or not asked.family.family.manifest.points:
+            return self.router.choose(asked)
+        if not is_certified_kind(call):
+            return self.router.choose(asked, only=[asked.family.menu.reference()])
+        ways = [way for way in self.router.ways(asked) if len(way.stretches) == 1] if call.stream else []
+        return self.router.choose(asked, only=ways or None)
+
+    async def _bits(self, call: TextCall, way: Way, told: _Told) -> AsyncGenerator[list[Bit], None]:
+        """The bits of the attempt that is taken."""
+        family = call.asked.family
+        for number, stretch in enumerate(way.stretches):
+            last = number == len(way.stretches) - 1
+            lane = family.batchers[stretch.step.variant]
+            assert isinstance(lane, Lane)
+            work = work_of(call, stretch.step, last=last)
+            told.begins(stretch.step.variant)
+            async with aclosing(lane.generate(work, call.asked.terms, admitted=number > 0)) as attempt:
+                if last:
+                    async for bits in attempt:
+                        yield bits
+                    return
+                whole = merged([bit async for bits in attempt for bit in bits])
+            if all(_taken(bit, stretch.step) for bit in whole):
+                yield whole
+                return
+            told.gives_up(whole)
+
+    def _count(self, call: TextCall, way: Way, told: _Told) -> None:
+        if not told.done:
+            return
+        family, now = call.asked.family, time.monotonic()
+        self.router.telemetry.answered(
+            family.name,
+            family.level_name(call.asked.quality),
+            way.name,
+            [(told.variant, 0)] * call.answers,
+            tokenize_ms=0.0,
+            queue_ms=told.queue_ms,
+            infer_ms=told.infer_ms,
+            total_ms=(now - call.asked.terms.arrived) * 1000,
+        )
+
+
+def is_certified_kind(call: TextCall) -> bool:
+    """Whether certificates are about this call: one greedy text that nothing but the model ends."""
+    sampling = call.sampling
+    plain = (
+        sampling.greedy
+        and not sampling.logit_bias
+        and sampling.repetition_penalty == 1.0
+        and not (sampling.presence_penalty or sampling.frequency_penalty)
+    )
+    own = call.stop or call.stop_ids or call.ignore_end or call.min_tokens or call.grammar or call.early_stop
+    return plain and call.choices == 1 and not own
+
+
+def work_of(call: TextCall, step: Step, *, last: bool) -> TextWork:
+    """What a replica of the step's variant has to do for the call."""
+    family = call.asked.family
+    ends = frozenset() if call.ignore_end else frozenset(family.task.end_ids)
+    context = family.context
+    room = [context - len(ids) for ids in call.prompts]
+    return TextWork(
+        id=call.id,
+        prompts=call.prompts,
+        sampling=seeded(call.sampling),
+        max_tokens=tuple(left if call.max_tokens is None else min(left, call.max_tokens) for left in room),
+        choices=call.choices,
+        min_tokens=call.min_tokens,
+        end_ids=ends | call.stop_ids,
+        stop=call.stop,
+        keep_stop=call.keep_stop,
+        grammar=call.grammar,
+        prompt_logprobs=call.prompt_logprobs,
+        early_stop=call.early_stop,
+        step=step,
+        last=last,
+        vote=0.0 if call.vote else None,
+        stream=call.stream and last,
+        priority=int(call.asked.terms.priority),
+    )
+
+
+def _taken(bit: Bit, step: Step) -> bool:
+    return bit.finish is not None and takes(bit.finish, bit.score, step, last=False)
+
+
+@dataclass(slots=True)
+class _Told:
+    """What the reply has had so far, and what it cost."""
+
+    call: TextCall
+    way: Way
+    gear: int
+    variant: str = ""
+    queue_ms: float = 0.0
+    infer_ms: float = 0.0
+    done: bool = False
+    _begun: float = field(default_factory=time.monotonic)
+    _first: bool = True
+    _over: int = 0
+    _tokens: int = 0
+    _cached: int = 0
+    _votes: dict[int, Votes] = field(default_factory=dict)
+    _attempts: list[dict[str, object]] = field(default_factory=list)
+
+    def begins(self, variant: str) -> None:
+        self.variant = variant
+
+    def gives_up(self, attempt: Sequence[Bit]) -> None:
+        """An attempt that is not taken was paid for all the same."""
+        tokens = sum(len(bit.tokens) for bit in attempt)
+        self._tokens += tokens
+        self._attempts.append(
+            {
+                "variant": self.variant,
+                "tokens": tokens,
+                "finish": [bit.finish for bit in attempt],
+                "score": [None if math.isnan(bit.score) else round(bit.score, 6) for bit in attempt],
+                "taken": False,
+            }
+        )
+
+    def pieces(self, bits: Sequence[Bit]) -> Iterator[Piece]:
+        """Raises what went wrong with a choice, which is the whole call's end."""
+        for bit in bits:
+            if bit.error is not None:
+                raise bit.error
+            self._tokens += len(bit.tokens)
+            self._cached += bit.cached
+            self._over += bit.over
+            if bit.votes is not None:
+                self._votes[bit.choice] = Votes(*bit.votes)
+            last = self._over == self.call.answers
+            yield Piece(
+                bit.choice,
+                bit.text,
+                bit.tokens,
+                bit.finish,
+                bit.stopped_by,
+                bit.prompt,
+                answering=self._answering() if self._first else None,
+                spent=self._spent() if last else None,
+            )
+            self._first = False
+
+    def _answering(self) -> Answering:
+        now = time.monotonic()
+        self.queue_ms = (self._begun - self.call.asked.terms.arrived) * 1000
+        asked = self.call.asked
+        return Answering(
+            variants=(self.variant,),
+            point=None if self.way.point is None else self.way.name,
+            bound=self.way.bound,
+            gear=self.gear,
+            degraded=asked.degraded and self.way.alpha > asked.quality.tolerance,
+            queue_ms=max(0.0, self.queue_ms) if now else 0.0,
+        )
+
+    def _spent(self) -> Spent:
+        self.infer_ms, self.done = (time.monotonic() - self._begun) * 1000, True
+        return Spent(
+            self._tokens,
+            self._cached,
+            self.infer_ms,
+            votes=tuple(self._votes[choice] for choice in sorted(self._votes)),
+            explained={"attempts": self._attempts, "variant": self.variant} if self.call.asked.explain else None,
+        )
