@@ -27,6 +27,7 @@ from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
 from deployments.router import Client, Router
 from deployments.served import ServedFamily
 from deployments.telemetry import Telemetry
+from deployments.text_router import TextRouter
 from deployments.text_variant import ReplicaStreams, TextOptions, TextVariant
 from deployments.variant import Followed, ReplicaSlots, Variant, follow_replicas
 from deployments.watch import Watch
@@ -86,9 +87,8 @@ class RouterIngress:
 
         router, telemetry = uuid.uuid4().hex[:8], Telemetry()
         watch = Watch(router, families, telemetry, send, config.monitor.share)
-        self._api = build_api(
-            Router(families, config.limits, config.classes, telemetry, watch, router), clients_of(config)
-        )
+        made = Router(families, config.limits, config.classes, telemetry, watch, router)
+        self._api = build_api(made, clients_of(config), TextRouter(made))
         self._followed, self._watch = followed, watch
 
     def __serve_build_asgi_app__(self) -> Api:

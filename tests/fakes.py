@@ -27,6 +27,7 @@ from fettle.family import (
 from fettle.manifest import (
     BatchInvariance,
     DataSplit,
+    DecoderSpec,
     FamilyManifest,
     Gate,
     Hardware,
@@ -221,9 +222,10 @@ def _write_variant(directory: Path, variant: FakeVariant, task: Task, spec: Toke
         "ms_per_token": variant.ms_per_token,
         "fail_on_token": variant.fail_on_token,
         "exit_on_token": variant.exit_on_token,
-        "corrupt_every": variant.corrupt_every,
-        "tokens_read": variant.tokens_read,
     }
+    generates = task.kind is TaskKind.GENERATE
+    if not generates:
+        parameters |= {"corrupt_every": variant.corrupt_every, "tokens_read": variant.tokens_read}
     manifest = VariantManifest(
         id=variant.id,
         runtime=Runtime.FAKE,
@@ -233,6 +235,7 @@ def _write_variant(directory: Path, variant: FakeVariant, task: Task, spec: Toke
         task=task,
         files=record_files(folder),
         stages=stages,
+        decoder=DecoderSpec(layers=2, kv_heads=2, head_dim=8, context=spec.max_length) if generates else None,
         measured=_measured(variant, spec.max_length),
     )
     return VariantEntry(id=variant.id, manifest_sha256=write_manifest(folder / MANIFEST_FILE, manifest))
@@ -247,6 +250,7 @@ def _measured(variant: FakeVariant, max_length: int) -> Measurements:
             rows=100, batch=32, changed=0.0, max_difference=0.0, tolerance=1e-4, invariant=variant.invariant
         ),
         latency=latency_table(variant, max_length),
+        prompts=latency_table(variant, max_length),
         typical_length=min(16, max_length),
         stage_cpu_ms=[1.0] * variant.stages if variant.stages > 1 else [],
         peak_memory_bytes=100 << 20,
