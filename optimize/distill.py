@@ -8,10 +8,9 @@ is the business of other passes; so is writing what comes out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
-from typing import Final
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
 
 from fettle.answers import Floats, cosine, disagreements
 from fettle.errors import PassError, UsageError
@@ -35,12 +33,15 @@ from optimize.objective import (
     device_of,
     exit_shares,
 )
-
-# How often the loss is read (which waits for the GPU), checked and reported.
-STEPS_PER_REPORT: Final = 10
-PLAIN_ATTENTION_TOKENS: Final = 128
-
-Report = Callable[[float], None]
+from optimize.training import (
+    PLAIN_ATTENTION_TOKENS,
+    STEPS_PER_REPORT,
+    Report,
+    adamw,
+    check_loss,
+    plain_attention,
+    slope,
+)
 
 __all__ = ["DistillData", "DistillResult", "DistillSettings", "Evaluation", "distill"]
 
@@ -91,7 +92,7 @@ def distill(student: nn.Module, data: DistillData, settings: DistillSettings, re
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(settings.seed)
         if device.type == "cpu" and _longest(data, settings) <= PLAIN_ATTENTION_TOKENS:
-            stack.enter_context(_plain_attention(student))
+            stack.enter_context(plain_attention(student))
         result = _Training(student, data, settings, stack).run(report)
     student.eval()
     return result
@@ -110,8 +111,8 @@ class _Training:
         self.judge = _Judge(student, data, settings, self.device)
         modules = [student, self.objective.projections]
         self.weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-        self.optimizer = _optimizer(self.weights, settings)
-        self.schedule = LambdaLR(self.optimizer, _slope(self.planned, settings.warm_up))
+        self.optimizer = adamw(self.weights, settings.learning_rate, settings.weight_decay)
+        self.schedule = LambdaLR(self.optimizer, slope(self.planned, settings.warm_up))
         self.steps, self.trained, self.seconds = 0, 0, 0.0
 
     def run(self, report: Report) -> DistillResult:
@@ -148,9 +149,9 @@ class _Training:
             self.steps += 1
             self.trained += len(chosen)
             if self.steps % STEPS_PER_REPORT == 0:
-                _check_loss(total, self.steps, self.settings)
+                check_loss(total, self.steps, self.settings.learning_rate)
                 report(self.steps / self.planned)
-        _check_loss(total, self.steps, self.settings)
+        check_loss(total, self.steps, self.settings.learning_rate)
         report(self.steps / self.planned)
         return float(total) / (self.steps - first)
 
@@ -229,37 +230,6 @@ def _rank(evaluation: Evaluation) -> tuple[float, float]:
     return evaluation.disagreement, evaluation.distance
 
 
-def _optimizer(weights: list[nn.Parameter], settings: DistillSettings) -> torch.optim.AdamW:
-    """AdamW without decay on vectors (biases and norms); fused, on a CPU six times faster than the others."""
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, fused=True)
-
-
-def _slope(steps: int, warm_up: float) -> Callable[[int], float]:
-    """The share of the learning rate at a step: up over the first `warm_up` of them, then down to 0, both linear."""
-    rising = max(1.0, warm_up * steps)
-    return lambda step: min((step + 1) / rising, (steps - step) / max(1.0, steps - rising), 1.0)
-
-
-@contextmanager
-def _plain_attention(student: nn.Module) -> Iterator[None]:
-    """Attention as plain matrix products while training: with a mask, torch's fused one is twice as slow backward on
-    a CPU. It keeps every attention map, so it is for short rows only."""
-    model = next((module for module in student.modules() if isinstance(module, PreTrainedModel)), None)
-    if model is None:
-        yield
-        return
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 def _longest(data: DistillData, settings: DistillSettings) -> int:
     longest = max(len(row) for row in data.rows)
     return min(longest, settings.max_tokens or longest)
@@ -286,11 +256,3 @@ def _check(student: nn.Module, data: DistillData, settings: DistillSettings) -> 
         raise UsageError("losses on hidden states and relations need the teacher itself; give `scorer`", param="scorer")
     if inner and data.scorer is not None and device_of(data.scorer) != device_of(student):
         raise UsageError("student and teacher are on different devices; move the teacher to the student's")
-
-
-def _check_loss(total: Tensor, step: int, settings: DistillSettings) -> None:
-    if not bool(torch.isfinite(total)):
-        raise PassError(
-            f"the training loss is no longer a number after {step} steps at learning rate {settings.learning_rate:g}; "
-            "lower learning_rate or set bf16 to false"
-        )

@@ -31,6 +31,17 @@ def soft_single_label(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * functional.kl_div(said, known, reduction="batchmean", log_target=True)
 
 
+def reverse_single_label(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`T^2 KL(softmax(student / T) || softmax(teacher / T))`, mean over rows; logits [rows, labels].
+
+    It makes a student that cannot be like its teacher everywhere leave out what it cannot say, instead of spreading
+    over all of it: Gu et al. (2024), "MiniLLM", there on the student's own samples.
+    """
+    known = functional.log_softmax(teacher.float() / temperature, dim=-1)
+    said = functional.log_softmax(student.float() / temperature, dim=-1)
+    return temperature**2 * functional.kl_div(known, said, reduction="batchmean", log_target=True)
+
+
 def soft_multi_label(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """`T^2` times the binary cross-entropy of the labels' sigmoids at temperature T, mean over rows and labels.
 
