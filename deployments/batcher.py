@@ -93,6 +93,11 @@ class Batcher:
         return len(self.queue)
 
     @property
+    def running(self) -> int:
+        """Batches under way."""
+        return len(self._flights)
+
+    @property
     def is_ready(self) -> bool:
         """Whether there is a replica that takes work."""
         return self.slots.replicas > 0

@@ -88,6 +88,11 @@ class Lane:
         return len(self.queue)
 
     @property
+    def running(self) -> int:
+        """Slots that are taken, those that wait at a replica included."""
+        return self._taken
+
+    @property
     def is_ready(self) -> bool:
         return self.slots.replicas > 0
 

@@ -59,8 +59,17 @@ class Status:
 
     async def models(self) -> Response:
         """Every family, and every variant as `family:variant`, which pins it."""
-        names = [model for family in self._router.families.values() for model in family.models]
-        cards = [{"id": name, "object": "model", "created": self._started, "owned_by": "fettle"} for name in names]
+        cards = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._started,
+                "owned_by": "fettle",
+                "max_model_len": family.context,
+            }
+            for family in self._router.families.values()
+            for name in family.models
+        ]
         return reply({"object": "list", "data": cards})
 
     async def info(self) -> Response:
@@ -118,6 +127,7 @@ def _variant_info(served: ServedFamily, name: str) -> dict[str, Any]:
         "disagreement": measured.quality.disagreement if measured else None,
         "batch_invariant": measured.batching.invariant if measured else None,
         "queued": batcher.depth,
+        "running": batcher.running,
         "backlog_s": round(batcher.backlog_s, 3),
         "rows": stats.rows,
         "batches": stats.batches,

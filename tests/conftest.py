@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from fettle.config import BatchConfig, FamilyConfig, ReplicaConfig, ServeConfig
 from tests.fakes import FakeVariant, classify_task, embed_task, make_fake_family, token_id
 from tests.integration.service import Service, service
+from tests.texts import make_text_family
 
 # The same examples in every run and no deadline: on a busy machine a slow example says nothing about the code.
 settings.register_profile(
@@ -31,6 +32,7 @@ VARIANTS = {
 }
 MAX_QUEUE_S = 1.0
 TASKS = {"sections": classify_task(), "emb": embed_task(16)}
+TEXT_VARIANTS = [FakeVariant("bf16", ms_per_call=5), FakeVariant("int4", ms_per_call=2)]
 
 
 @pytest.fixture
@@ -43,9 +45,10 @@ def one_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     where = tmp_path_factory.mktemp("service")
     for name, variants in VARIANTS.items():
         make_fake_family(where / name, name=name, task=TASKS[name], variants=variants)
+    make_text_family(where / "lm", variants=TEXT_VARIANTS)
     families = [
         FamilyConfig(path=str(where / name), variants=[variant.id for variant in variants])
-        for name, variants in VARIANTS.items()
+        for name, variants in {**VARIANTS, "lm": TEXT_VARIANTS}.items()
     ]
     config = ServeConfig(
         families=families,
