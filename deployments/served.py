@@ -1,4 +1,4 @@
-"""A family as it is served: its tokenizer, a batcher for each variant, its menu with the gears, and what is revoked."""
+"""A family as it is served: its tokenizer, a queue for each variant, its menu with the gears, and what is revoked."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from deployments.gearbox import Gearbox
 from deployments.lane import Queued
 from deployments.menu import EXACT, Menu
 from deployments.telemetry import ClassGauges, FamilyGauges, PointGauges, VariantGauges
+from deployments.text_writer import extract_of
 from fettle.config import FamilyConfig, GearConfig
 from fettle.errors import FettleError
+from fettle.extract import Extract
 from fettle.family import Family
 from fettle.manifest import Task
 from fettle.points import fingerprint
@@ -53,10 +55,12 @@ class ServedFamily:
     gears: GearConfig = field(default_factory=GearConfig)
     menu: Menu = field(init=False)
     gearbox: Gearbox = field(init=False)
+    extract: Extract | None = field(init=False)
     _revoked: frozenset[str] = frozenset()
     _own_fingerprints: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        self.extract = extract_of(self.task)
         self._build_menu()
 
     @classmethod

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deployments.lane import Lane
 from deployments.menu import Way
@@ -20,6 +21,8 @@ from deployments.router import Router, holding
 from deployments.text_engine import seeded
 from deployments.text_source import Answering, Piece, Spent, TextCall, Votes
 from deployments.text_work import Bit, TextWork, merged
+from deployments.tickets import Terms
+from deployments.watch import Comparison
 from fettle.errors import RequestError
 from fettle.manifest import Step
 from fettle.stopping import takes
@@ -40,6 +43,9 @@ class TextRouter:
                 "optimize it with --answer",
                 param="answers",
             )
+        # Drawn before anything is known of the way or the load, so that neither decides what is looked at.
+        sample = self.router.watch.draw(len(call.prompts))
+        await self.router.watch.informed()
         with holding(call.asked.client, sum(map(len, call.prompts))), self.router.counted(call.asked):
             way, gear = self._choose(call)
             told = _Told(call, way, gear)
@@ -50,6 +56,8 @@ class TextRouter:
                             yield piece
             finally:
                 self._count(call, way, told)
+            if is_certified_kind(call):
+                self._watch(call, way, told, sample)
 
     def _choose(self, call: TextCall) -> tuple[Way, int]:
         asked = call.asked
@@ -68,7 +76,7 @@ class TextRouter:
             lane = family.batchers[stretch.step.variant]
             assert isinstance(lane, Lane)
             work = work_of(call, stretch.step, last=last)
-            told.begins(stretch.step.variant)
+            told.begins(stretch.step.variant, number)
             async with aclosing(lane.generate(work, call.asked.terms, admitted=number > 0)) as attempt:
                 if last:
                     async for bits in attempt:
@@ -79,6 +87,28 @@ class TextRouter:
                 yield whole
                 return
             told.gives_up(whole)
+
+    def _watch(self, call: TextCall, way: Way, told: _Told, sample: Sequence[int]) -> None:
+        """Note where the texts were answered, and compare those that were drawn with the reference's."""
+        family, watch = call.asked.family, self.router.watch
+        for prompt in range(len(call.prompts)):
+            watch.note(family, way, told.step, 0, told.scores.get(prompt, math.nan))
+        if (extract := family.extract) is None:
+            return
+
+        def differs(text: str, truth: str) -> bool:
+            return extract(text) != extract(truth)
+
+        for prompt in sample:
+            one = replace(call, prompts=(call.prompts[prompt],), stream=False)
+
+            async def ask(other: Way, terms: Terms, one: TextCall = one) -> str:
+                again = replace(one, id=uuid.uuid4().hex, asked=replace(one.asked, terms=terms))
+                asked = _Told(again, other, 0)
+                async with aclosing(self._bits(again, other, asked)) as bits:
+                    return "".join([piece.text async for some in bits for piece in asked.pieces(some)])
+
+            watch.compare_later(family, call.asked.quality, way, Comparison(told.texts[prompt], ask, differs))
 
     def _count(self, call: TextCall, way: Way, told: _Told) -> None:
         if not told.done:
@@ -148,6 +178,9 @@ class _Told:
     way: Way
     gear: int
     variant: str = ""
+    step: int = 0
+    texts: dict[int, str] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
     queue_ms: float = 0.0
     infer_ms: float = 0.0
     done: bool = False
@@ -159,8 +192,8 @@ class _Told:
     _votes: dict[int, Votes] = field(default_factory=dict)
     _attempts: list[dict[str, object]] = field(default_factory=list)
 
-    def begins(self, variant: str) -> None:
-        self.variant = variant
+    def begins(self, variant: str, step: int) -> None:
+        self.variant, self.step = variant, step
 
     def gives_up(self, attempt: Sequence[Bit]) -> None:
         """An attempt that is not taken was paid for all the same."""
@@ -184,6 +217,9 @@ class _Told:
             self._tokens += len(bit.tokens)
             self._cached += bit.cached
             self._over += bit.over
+            self.texts[bit.choice] = self.texts.get(bit.choice, "") + bit.text
+            if bit.over:
+                self.scores[bit.choice] = bit.score
             if bit.votes is not None:
                 self._votes[bit.choice] = Votes(*bit.votes)
             last = self._over == self.call.answers

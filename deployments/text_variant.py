@@ -15,12 +15,11 @@ from tokenizers import Tokenizer as FastTokenizer
 from deployments.text_engine import TextEngine
 from deployments.text_rules import TextRules
 from deployments.text_work import Bit, TextWork
+from deployments.text_writer import extract_of
 from deployments.variant import losses
 from fettle.config import TextConfig
 from fettle.detokenize import Detokenizer
 from fettle.errors import FettleError
-from fettle.extract import Extract, FunctionAnswer, extractor
-from fettle.manifest import Task
 from workers.engine import EngineOptions, open_runner
 from workers.generator import Generator
 from workers.speculation import PromptLookup, Speculation
@@ -76,16 +75,6 @@ class TextVariant:
     def check_health(self) -> None:
         if self._started:
             self.engine.check()
-
-
-def extract_of(task: Task) -> Extract | None:
-    """How answers are read from texts; None where the family does not say, or by a function of the user's.
-
-    Such a function belongs to whoever optimizes: a service imports no code that a family names.
-    """
-    if task.answer is None or isinstance(task.answer, FunctionAnswer):
-        return None
-    return extractor(task.answer)
 
 
 class ReplicaStreams:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from deployments.text_work import Bit, TextWork
 from fettle import stopping
 from fettle.detokenize import Detokenizer, StopStrings
-from fettle.extract import Extract, PatternAnswer, extractor
+from fettle.extract import Extract, FunctionAnswer, PatternAnswer, extractor
 from fettle.findings import AnswerGate, EndGate, StopGates
 from fettle.generation import Finish, Step, Token
+from fettle.manifest import Task
 from fettle.text_scores import score_of, tally
 
 
@@ -90,6 +91,16 @@ class Writer:
         text, tokens = "".join(self._fresh_text), tuple(self._fresh)
         self._fresh_text, self._fresh = [], []
         return text, tokens
+
+
+def extract_of(task: Task) -> Extract | None:
+    """How answers are read from texts; None where the family does not say, or by a function of the user's.
+
+    Such a function belongs to whoever optimizes: a service imports no code that a family names.
+    """
+    if task.answer is None or isinstance(task.answer, FunctionAnswer):
+        return None
+    return extractor(task.answer)
 
 
 def gates_of(work: TextWork) -> StopGates | None:

@@ -15,9 +15,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
+from typing import Any, Generic, TypeVar
 
 from deployments import gearbox
 from deployments.menu import Way
@@ -46,6 +44,16 @@ MOST_PENDING = 2_000
 MOST_PAIRS_REPORTED = 2_000
 
 Send = Callable[[RouterReport], Awaitable[MonitorReply]]
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(Generic[Answer]):
+    """An answer that was given, how to have another way answer the same, and when two answers differ."""
+
+    answer: Answer
+    ask: Callable[[Way, Terms], Awaitable[Answer]]
+    differs: Callable[[Answer, Answer], bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -100,23 +108,46 @@ class Watch:
         self, family: ServedFamily, quality: Quality, way: Way, walked: Walked, rows: Sequence[Row], sample: list[int]
     ) -> None:
         """Note a request's answers, and compare the drawn rows later."""
-        if self._send is None:
+        for visits in walked.visits:
+            last = visits[-1]
+            self.note(family, way, len(visits) - 1, last.answered.stage, last.score)
+        if family.task.head is Head.REGRESSION:
+            # How far two numbers may differ is relative to the spread of all of the reference's, which the family does
+            # not record.
             return
-        if way.point is not None:
-            self._note(family, way, walked)
-        if quality.variant is not None or family.reference is None or family.task.head is Head.REGRESSION:
-            # A pinned variant promises nothing. How far two numbers may differ is relative to the spread of all of the
-            # reference's, which the family does not record.
+
+        def differs(values: Floats, truth: Floats) -> bool:
+            return bool(disagreements(values, truth, family.task, family.family.manifest.cosine_floor)[0])
+
+        for row in sample:
+
+            async def ask(other: Way, terms: Terms, row: Row = rows[row]) -> Floats:
+                return (await walk(family, other, [row], terms)).values
+
+            self.compare_later(family, quality, way, Comparison(walked.values[row][None], ask, differs))
+
+    def note(self, family: ServedFamily, way: Way, step: int, stage: int, score: float) -> None:
+        """Count where a row was answered, if by a point: drift shows there first."""
+        if self._send is None or way.point is None:
+            return
+        seen = self._seen.get((family.name, way.fingerprint))
+        if seen is None:
+            empty = [[0] * len(stretch.step.gates) for stretch in way.stretches]
+            seen = self._seen[family.name, way.fingerprint] = Seen(family.name, way.name, empty)
+        seen.answered[step][stage] += 1
+        seen.scores.append(score)
+
+    def compare_later(self, family: ServedFamily, quality: Quality, way: Way, comparison: Comparison[Any]) -> None:
+        """Compare an answer that was drawn with the reference's, when there is room for it."""
+        if self._send is None or quality.variant is not None or family.reference is None:
+            # A pinned variant promises nothing.
             return
         revoked = [each for each in family.menu.revoked if each.alpha <= quality.tolerance]
-        if way.point is None and not revoked:
+        if (way.point is None and not revoked) or len(self._comparing) >= MOST_PENDING:
             return
-        for row in sample[: max(0, MOST_PENDING - len(self._comparing))]:
-            task = asyncio.get_running_loop().create_task(
-                self._compare(family, rows[row], way, walked.values[row], revoked)
-            )
-            self._comparing.add(task)
-            task.add_done_callback(self._comparing.discard)
+        task = asyncio.get_running_loop().create_task(self._compare(family, way, comparison, revoked))
+        self._comparing.add(task)
+        task.add_done_callback(self._comparing.discard)
 
     async def run(self) -> None:
         """Shift gears and report, until cancelled."""
@@ -187,42 +218,31 @@ class Watch:
                 ]
                 new.scores += old.scores
 
-    def _note(self, family: ServedFamily, way: Way, walked: Walked) -> None:
-        seen = self._seen.get((family.name, way.fingerprint))
-        if seen is None:
-            empty = [[0] * len(stretch.step.gates) for stretch in way.stretches]
-            seen = self._seen[family.name, way.fingerprint] = Seen(family.name, way.name, empty)
-        for visits in walked.visits:
-            last = visits[-1]
-            seen.answered[len(visits) - 1][last.answered.stage] += 1
-            seen.scores.append(last.score)
-
     async def _compare(
-        self, family: ServedFamily, row: Row, way: Way, values: Floats, revoked: Collection[Way]
+        self, family: ServedFamily, way: Way, comparison: Comparison[Any], revoked: Collection[Way]
     ) -> None:
         """Ask the reference, and whichever revoked points the class would have: pairs for a new certificate."""
-        terms = Terms(time.monotonic(), priority=Priority.SHADOW)
+        terms, differs = Terms(time.monotonic(), priority=Priority.SHADOW), comparison.differs
         try:
-            if way.point is None:
-                truth = values[None]
-            else:
-                truth = (await walk(family, family.menu.reference(), [row], terms)).values
-                self._pair(family, way, values[None], truth, served=True)
+            truth = comparison.answer
+            if way.point is not None:
+                truth = await comparison.ask(family.menu.reference(), terms)
+                self._pair(family, way, differs(comparison.answer, truth), served=True)
             for other in revoked:
                 if other.fingerprint != way.fingerprint:
-                    self._pair(family, other, (await walk(family, other, [row], terms)).values, truth, served=False)
+                    again = await comparison.ask(other, terms)
+                    self._pair(family, other, differs(again, truth), served=False)
         except FettleError as error:
             logger.warning("a row could not be compared with the reference: %s", error)
 
-    def _pair(self, family: ServedFamily, way: Way, values: Floats, truth: Floats, *, served: bool) -> None:
-        differs = disagreements(np.asarray(values), truth, family.task, family.family.manifest.cosine_floor)[0]
+    def _pair(self, family: ServedFamily, way: Way, differs: bool, *, served: bool) -> None:
         self._pairs.append(
             Pair(
                 id=uuid.uuid4().hex,
                 family=family.name,
                 point=way.name,
                 fingerprint=way.fingerprint,
-                differs=bool(differs),
+                differs=differs,
                 served=served,
                 at=time.time(),
             )
