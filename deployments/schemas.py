@@ -166,6 +166,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["fettle"] = "fettle"
+    max_model_len: int = Field(description="tokens of an input, with the answer where that is a text")
 
 
 class ModelList(BaseModel):

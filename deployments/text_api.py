@@ -133,7 +133,9 @@ class TextEndpoints:
         told = text_shapes.served(self._router.id, call, answering, exchange.tokenize_ms, spent)
         content = {
             **_head(call, exchange.shape.object, spent.variants or answering.variants),
-            "choices": [exchange.shape.whole(choice) for choice in _chosen(exchange, over)],
+            "choices": [
+                {**exchange.shape.whole(choice), "index": place} for place, choice in enumerate(_chosen(exchange, over))
+            ],
             "usage": text_shapes.usage(call, spent, bare=exchange.bare),
             "fettle": told,
         }
@@ -247,7 +249,7 @@ def _head(call: TextCall, kind: str, variants: Sequence[str]) -> Json:
 
 
 def _chosen(exchange: Exchange, choices: Sequence[Gathered]) -> list[Gathered]:
-    """All in order; or of each prompt's candidates the best, numbered anew."""
+    """All in order; or of each prompt's candidates the best, the best of them first."""
     if exchange.best is None:
         return sorted(choices, key=lambda choice: choice.index)
     chosen = []

@@ -19,6 +19,7 @@ from deployments.monitor import Monitor
 from deployments.router import Client, Router
 from deployments.served import ServedFamily
 from deployments.telemetry import Telemetry
+from deployments.text_source import TextSource
 from deployments.watch import Send, Watch
 from fettle.config import FamilyConfig, GearConfig, LimitConfig, MonitorConfig
 from fettle.family import Family
@@ -118,6 +119,10 @@ def client_of(app: FastAPI, **headers: str) -> httpx.AsyncClient:
 
 
 def make_app(
-    families: Sequence[Family], *, clients: Mapping[str, Client] | None = None, limits: LimitConfig | None = None
+    families: Sequence[Family],
+    *,
+    clients: Mapping[str, Client] | None = None,
+    limits: LimitConfig | None = None,
+    text_source: TextSource | None = None,
 ) -> FastAPI:
-    return build_api(make_router(families, limits), clients)
+    return build_api(make_router(families, limits), clients, text_source)
