@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -162,7 +163,7 @@ def features_of(trace: Trace, kept: int, finish: Finish) -> Tally:
     return tally(trace.logprob[:kept].tolist(), float(trace.end[kept]) if ended else math.nan)
 
 
-def write_traces(path: Path, traces: Sequence[Trace]) -> None:
+def write_traces(path: Path | BinaryIO, traces: Sequence[Trace]) -> None:
     """One compressed npz for many traces: flat arrays, and the texts as one run of UTF-8."""
     texts = [trace.text.encode("utf-8", "surrogatepass") for trace in traces]
     np.savez_compressed(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,13 @@ STOPS: Final = 24
 ACCEPTS: Final = 200
 TAILS: Final = 8
 ROWS_PER_LEVEL = 10
+# Kinds of stop at an answer: its measure, and how often it has to be found.
+ANSWERS: Final[tuple[tuple[Literal["product", "lowest"], int], ...]] = (
+    ("product", 1),
+    ("product", 2),
+    ("product", 3),
+    ("lowest", 1),
+)
 # Texts up to this long are looked at after every token, longer ones after every so many.
 SHORT, EVERY = 32, 8
 # What a score may be made of; several features are weighted by their fit.
@@ -90,8 +97,7 @@ def kinds(table: Table) -> list[StopGates]:
     looks = {"first": EVERY, "every": EVERY} if long else {"first": 1, "every": 1}
     answers = [
         StopGates(answer=AnswerGate(threshold=1.0, measure=measure, stable=stable, **looks))
-        for measure in ("product", "lowest")
-        for stable in (1, 2, 3)
+        for measure, stable in ANSWERS
     ]
     return [ALL_THE_WAY, StopGates(end=EndGate(threshold=1.0)), *answers]
 
@@ -165,10 +171,8 @@ def _floor(steps: tuple[Step, ...], tables: Mapping[str, Table], after: int) -> 
     assert first.text is not None
     assert first.text.score is not None
     scored = scores_of(first.text.score, table.features_after(after)).astype(np.float32)
-    # Whoever has ended by then, or was given up before, gains nothing.
-    under_way = np.flatnonzero((table.lengths >= after) & (ends.drawn > after) & ~np.isnan(scored))
-    if not len(under_way):
-        return None
+    # Whom the floor meets: also who stops with an answer at this very token, since giving up goes before.
+    under_way = np.flatnonzero((ends.kept >= after) & ~np.isnan(scored))
     order = under_way[np.argsort(scored[under_way], kind="stable")]
     saved = table.costs.decode_ms * (ends.drawn - after) - np.where(accepted(first, ends) & ~lost, onward, 0.0)
     totals = np.cumsum(saved[order])

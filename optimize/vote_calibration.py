@@ -54,14 +54,15 @@ class CertifiedVotes:
     levels: list[Level]
 
 
-def end_votes(answers: Sequence[Sequence[Answer]], confidence: float | None) -> Ended:
-    """Draw each row's choices in order until its vote is settled."""
-    drawn, changed = [], []
-    for row in answers:
-        whole, votes = _vote(row, None), _vote(row, confidence)
-        drawn.append(votes[1])
-        changed.append(votes[0] != whole[0])
-    return Ended(np.array(drawn, np.int64), np.array(changed, np.bool_))
+def end_votes(answers: Sequence[Sequence[Answer]], confidences: Sequence[float | None]) -> list[Ended]:
+    """For each confidence: draw every row's choices in order until its vote is settled."""
+    winners = [_vote(row, None)[0] for row in answers]
+    found = []
+    for confidence in confidences:
+        votes = [_vote(row, confidence) for row in answers]
+        changed = [vote[0] != winner for vote, winner in zip(votes, winners, strict=True)]
+        found.append(Ended(np.array([vote[1] for vote in votes], np.int64), np.array(changed, np.bool_)))
+    return found
 
 
 def certify_votes(rows: VoteRows, levels: Sequence[float], delta: float = DELTA) -> CertifiedVotes:
@@ -72,7 +73,8 @@ def certify_votes(rows: VoteRows, levels: Sequence[float], delta: float = DELTA)
     """
     if not rows.answers or any(len(row) != rows.choices for row in rows.answers) or rows.choices < 2:
         raise PassError("votes are calibrated on rows that all have the same number of choices, two or more")
-    ended = {confidence: end_votes(rows.answers, confidence) for confidence in CONFIDENCES}
+    lossless, *certain = end_votes(rows.answers, (None, *CONFIDENCES))
+    ended = dict(zip(CONFIDENCES, certain, strict=True))
     points, done = [], []
     for alpha in levels:
         level, confidence = _certify_level(rows, ended, alpha, delta)
@@ -81,7 +83,7 @@ def certify_votes(rows: VoteRows, levels: Sequence[float], delta: float = DELTA)
             points.append(_point(rows, f"vote-within-{alpha:g}", ended[confidence], confidence, proof))
             level = level.model_copy(update={"point": points[-1].id})
         done.append(level)
-    return CertifiedVotes(_point(rows, "vote-lossless", end_votes(rows.answers, None)), points, done)
+    return CertifiedVotes(_point(rows, "vote-lossless", lossless), points, done)
 
 
 def _certify_level(rows: VoteRows, ended: dict[float, Ended], alpha: float, delta: float) -> tuple[Level, float | None]:

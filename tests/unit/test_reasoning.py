@@ -32,7 +32,7 @@ def written(budget: ThinkBudget, drawn: list[int], count: int) -> list[int]:
     ("drawn", "expected"),
     [
         ([9, 9, 9, 9, 9], [9, 9, 9, 9, 9]),
-        ([OPEN, 9, 9, CLOSE, 9], [OPEN, 9, 9, CLOSE, 9]),
+        ([OPEN, 9, CLOSE, 9, 9], [OPEN, 9, CLOSE, 9, 9]),
         ([OPEN, 9, 9, 9, 9, 9], [OPEN, 9, 9, 9, BREAK, CLOSE, 9, 9]),
         # The end comes just in time.
         ([OPEN, 9, 9, CLOSE, 9], [OPEN, 9, 9, CLOSE, 9]),
