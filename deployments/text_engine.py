@@ -89,7 +89,9 @@ class TextEngine:
 
         Raises:
             RequestError: a prompt or the grammar cannot be; nothing was begun.
+            EngineError: the engine is closed.
         """
+        self.check()
         call = _Call()
         writers = {number: self._writer(work, number) for number in work.numbers}
         prompts = {number: self._prompt(work, number, writer) for number, writer in writers.items()}

@@ -73,6 +73,7 @@ class FakeVariant:
     corrupt_every: int | None = None
     tokens_read: int | None = None
     stages: int = 1
+    salt: int = 0
     disagreement: float = 0.0
     invariant: bool = True
 
@@ -224,7 +225,9 @@ def _write_variant(directory: Path, variant: FakeVariant, task: Task, spec: Toke
         "exit_on_token": variant.exit_on_token,
     }
     generates = task.kind is TaskKind.GENERATE
-    if not generates:
+    if generates:
+        parameters |= {"salt": variant.salt}
+    else:
         parameters |= {"corrupt_every": variant.corrupt_every, "tokens_read": variant.tokens_read}
     manifest = VariantManifest(
         id=variant.id,

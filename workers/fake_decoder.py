@@ -31,6 +31,7 @@ class FakeDecoderParameters(Strict):
     ms_per_token: float = Field(default=0.0, ge=0, description="for each new token of a call, of all rows")
     fail_on_token: int | None = Field(default=None, description="a call with this token id raises EngineError")
     exit_on_token: int | None = Field(default=None, description="a call with this token id ends the process")
+    salt: int = Field(default=0, ge=0, description="variants with another salt write other texts")
 
 
 class FakeRunner:
@@ -63,14 +64,13 @@ class FakeRunner:
         self._begin(slot + 1, end, ids)
         self._tokens[slot, start:end] = ids
         vocabulary = self.manifest.task.width
-        rows = [expected(self._tokens[slot, : end - back], vocabulary) for back in reversed(range(logits))]
+        rows = [self._logits(self._tokens[slot, : end - back]) for back in reversed(range(logits))]
         return np.stack(rows) if rows else np.empty((0, vocabulary), np.float32)
 
     def decode(self, ids: Ids, lengths: Ids) -> Floats:
         self._begin(len(ids), int(lengths.max(initial=0)) + 1, ids)
         self._tokens[np.arange(len(ids)), lengths] = ids
-        vocabulary = self.manifest.task.width
-        return np.stack([expected(self._tokens[slot, : length + 1], vocabulary) for slot, length in enumerate(lengths)])
+        return np.stack([self._logits(self._tokens[slot, : length + 1]) for slot, length in enumerate(lengths)])
 
     def copy(self, source: int, target: int, length: int) -> None:
         self._check(max(source, target) + 1, length)
@@ -78,6 +78,9 @@ class FakeRunner:
 
     def close(self) -> None:
         """Nothing to free."""
+
+    def _logits(self, history: Ids) -> Floats:
+        return expected(history, self.manifest.task.width, self.parameters.salt)
 
     def _begin(self, slots: int, tokens: int, ids: Ids) -> None:
         self._check(slots, tokens)
@@ -94,10 +97,10 @@ class FakeRunner:
             )
 
 
-def expected(history: Ids, vocabulary: int) -> Floats:
+def expected(history: Ids, vocabulary: int, salt: int = 0) -> Floats:
     """The fake runner's logits after `history` int32 [tokens]: float32 [vocabulary], evenly spread."""
     places = _mixed(np.arange(1, len(history) + 1, dtype=np.uint64))
-    state = (_mixed(history.astype(np.uint64) + places)).sum(dtype=np.uint64)
+    state = (_mixed(history.astype(np.uint64) + places)).sum(dtype=np.uint64) + np.uint64(salt)
     bits = _mixed(np.arange(vocabulary, dtype=np.uint64) + _mixed(np.array([state], np.uint64)))
     return ((bits >> np.uint64(11)) * (2 * SPREAD / 2**53) - SPREAD).astype(np.float32)
 

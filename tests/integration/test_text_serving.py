@@ -46,9 +46,9 @@ def written(
 
 async def until_running(served: Service, count: int, variant: str = "int4") -> None:
     """So many slots of a variant are taken."""
-    assert await asyncio.to_thread(
-        wait_until, lambda: served.info("lm", variant)["running"] == count, FREE_WITHIN_S
-    ), served.info("lm", variant)
+    assert await asyncio.to_thread(wait_until, lambda: served.info("lm", variant)["running"] == count, FREE_WITHIN_S), (
+        served.info("lm", variant)
+    )
 
 
 async def post(http: httpx.AsyncClient, **body: Any) -> dict[str, Any]:

@@ -185,7 +185,9 @@ async def test_closing_breaks_off_what_is_under_way():
 
 async def test_the_clients_own_thresholds(running):
     full = (await whole(running, work("a", max_tokens=(200,))))[0]
-    ending = work("b", max_tokens=(200,), early_stop=EarlyStop(end_probability=0.02), end_ids=frozenset({PRINTABLE - 1}))
+    ending = work(
+        "b", max_tokens=(200,), early_stop=EarlyStop(end_probability=0.02), end_ids=frozenset({PRINTABLE - 1})
+    )
     cut = (await whole(running, ending))[0]
     assert cut.finish is Finish.EARLY_END
     assert full.text.startswith(cut.text)
