@@ -20,15 +20,17 @@ from optimize.fuse import MICROSOFT
 
 # Of the standard operators in the graph; GroupQueryAttention and its like are ONNX Runtime's own.
 OPSET = 23
+IR_VERSION = 10
 TABLE = "embedding"
 
 
 def write_graph(parts: Parts) -> onnx.ModelProto:
     writer = _Writer(parts)
+    writer.begin()
     for index, layer in enumerate(parts.layers()):
         writer.layer(index, layer)
     writer.end()
-    return writer.model()
+    return writer.model
 
 
 class _Writer:
@@ -36,14 +38,22 @@ class _Writer:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._nodes: list[onnx.NodeProto] = []
-        self._constants: list[onnx.TensorProto] = []
-        table = self._constant(TABLE, parts.table)
+        self._constants: set[str] = set()
+        self._hidden = ""
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        # Filled where it is, since protobuf copies what is put into it: weights would be there several times.
+        graph = onnx.GraphProto(name="decoder")
+        self.model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="fettle")
+        self._graph = self.model.graph
+
+    def begin(self) -> None:
+        self._declare()
+        table = self._constant(TABLE, self._parts.table)
         self._hidden = self._add("Gather", [table, "input_ids"], "embedded")
-        if parts.table_scale != 1.0:
-            scale = self._constant("embedding_scale", np.float32(parts.table_scale))
+        if self._parts.table_scale != 1.0:
+            scale = self._constant("embedding_scale", np.float32(self._parts.table_scale))
             self._hidden = self._add("Mul", [self._hidden, scale], "embedded_scaled")
-        for name, rotary in parts.rotaries().items():
+        for name, rotary in self._parts.rotaries().items():
             self._constant(f"{name}.cos", rotary.cos)
             self._constant(f"{name}.sin", rotary.sin)
 
@@ -73,25 +83,24 @@ class _Writer:
             size = self._constant("logit_softcap", np.float32(softcap))
             inner = self._add("Tanh", [self._add("Div", [logits, size], "head.scaled")], "head.tanh")
             self._add("Mul", [inner, size], "head.capped")
-        self._nodes[-1].output[0] = "logits"
+        self._graph.node[-1].output[0] = "logits"
 
-    def model(self) -> onnx.ModelProto:
+    def _declare(self) -> None:
         spec = self._parts.spec
         buffer: list[str | int | None] = ["rows", spec.kv_heads, "context", spec.head_dim]
         names = [f"{kind}_{layer}" for layer in range(spec.layers) for kind in ("key", "value")]
-        integers = [
-            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["rows", "tokens"]),
-            helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["rows"]),
-            helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, []),
-            helper.make_tensor_value_info("logit_rows", TensorProto.INT64, ["wanted"]),
-        ]
-        past = [helper.make_tensor_value_info(f"past_{name}", TensorProto.FLOAT, buffer) for name in names]
-        present = [helper.make_tensor_value_info(f"present_{name}", TensorProto.FLOAT, buffer) for name in names]
-        width = len(self._parts.table)
-        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["wanted", width])
-        graph = helper.make_graph(self._nodes, "decoder", integers + past, [logits, *present], self._constants)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="fettle")
+        describe = helper.make_tensor_value_info
+        self._graph.input.extend(
+            [
+                describe("input_ids", TensorProto.INT64, ["rows", "tokens"]),
+                describe("seqlens_k", TensorProto.INT32, ["rows"]),
+                describe("total_sequence_length", TensorProto.INT32, []),
+                describe("logit_rows", TensorProto.INT64, ["wanted"]),
+                *(describe(f"past_{name}", TensorProto.FLOAT, buffer) for name in names),
+            ]
+        )
+        self._graph.output.append(describe("logits", TensorProto.FLOAT, ["wanted", len(self._parts.table)]))
+        self._graph.output.extend(describe(f"present_{name}", TensorProto.FLOAT, buffer) for name in names)
 
     # Blocks.
 
@@ -185,12 +194,13 @@ class _Writer:
         return outputs
 
     def _constant(self, name: str, value: NDArray[Any] | np.generic) -> str:
-        if all(constant.name != name for constant in self._constants):
-            self._constants.append(numpy_helper.from_array(np.asarray(value), name))
+        if name not in self._constants:
+            self._constants.add(name)
+            self._graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
     def _add(self, kind: str, inputs: list[str], output: str, *more: str, domain: str = "", **settings: Any) -> str:
         """Returns the first output's name, which is also the node's."""
         node = helper.make_node(kind, inputs, [output, *more], name=output, domain=domain, **settings)
-        self._nodes.append(node)
+        self._graph.node.append(node)
         return output

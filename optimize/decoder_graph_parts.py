@@ -187,14 +187,12 @@ class Parts:
     def _attention(self, module: Any, index: int) -> Attention:
         packed = hasattr(module, "qkv_proj")
         projections = [module.qkv_proj] if packed else [module.q_proj, module.k_proj, module.v_proj]
-        qkv, query_norm, scale = _linear(*projections), None, float(module.scaling)
+        scale, query_norm = float(module.scaling), None
         if hasattr(module, "q_norm"):
             norm = self._norm(module.q_norm)
-            query_norm = Norm(norm.gain * np.float32(scale), norm.epsilon)
-        else:
-            qkv = _scaled(qkv, self.config.num_attention_heads * self.spec.head_dim, scale)
+            query_norm, scale = Norm(norm.gain * np.float32(scale), norm.epsilon), 1.0
         return Attention(
-            qkv=qkv,
+            qkv=_linear(*projections, scale=scale, scaled=self.config.num_attention_heads * self.spec.head_dim),
             out=_linear(module.o_proj),
             heads=self.config.num_attention_heads,
             kv_heads=self.spec.kv_heads,
@@ -278,20 +276,16 @@ def _exact_lengths(config: PreTrainedConfig) -> list[int]:
     return [int(each[BOUNDED_ROTARY[each["rope_type"]]]) for each in settings]
 
 
-def _linear(*modules: nn.Linear) -> Linear:
-    """Several layers that read the same input, side by side."""
-    with torch.no_grad():
-        weight = torch.cat([module.weight.data for module in modules]).t()
-        biases = [module.bias.data for module in modules if module.bias is not None]
-        return Linear(_array(weight), _array(torch.cat(biases)) if biases else None)
-
-
-def _scaled(linear: Linear, outputs: int, scale: float) -> Linear:
-    """The first so many outputs times `scale`."""
-    factors = np.ones(linear.weight.shape[1], np.float32)
-    factors[:outputs] = scale
-    bias = None if linear.bias is None else linear.bias * factors
-    return Linear(linear.weight * factors, bias)
+def _linear(*modules: nn.Linear, scale: float = 1.0, scaled: int = 0) -> Linear:
+    """Several layers that read the same input, side by side; the first `scaled` outputs times `scale`."""
+    weight = torch.cat([module.weight.data for module in modules])
+    biases = [module.bias.data for module in modules if module.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if scale != 1.0:
+        weight[:scaled] *= scale
+        if bias is not None:
+            bias[:scaled] *= scale
+    return Linear(_array(weight.t()), None if bias is None else _array(bias))
 
 
 def _array(tensor: torch.Tensor) -> Floats:

@@ -106,12 +106,21 @@ def _repeat_rotary(path: Path) -> None:
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
     """One file; protobuf allows 2 GB, and what is larger keeps its weights in a second file beside it."""
-    if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
+    if fits_one_file(model):
         onnx.save(model, path)
     else:
         # onnx appends to a data file that is there already.
-        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
+        weights = path.with_name(f"{path.name}.data")
+        weights.unlink(missing_ok=True)
+        onnx.save(model, path, save_as_external_data=True, location=weights.name)
+        # onnx lets nobody but the owner read it.
+        weights.chmod(path.stat().st_mode)
+
+
+def fits_one_file(model: onnx.ModelProto) -> bool:
+    # protobuf cannot tell the size of what it cannot write, so the weights are counted by themselves first.
+    weights = sum(len(item.raw_data) for item in model.graph.initializer)
+    return weights < onnx.checker.MAXIMUM_PROTOBUF and model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF
 
 
 def input_names(spec: TokenizerSpec) -> list[str]:

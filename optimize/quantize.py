@@ -10,7 +10,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from pydantic import JsonValue
 
 from fettle.errors import PassError
-from optimize.export import quiet
+from optimize.export import fits_one_file, quiet
 from optimize.rounding import LIMIT, REDUCED_LIMIT
 
 KINDS = ["MatMul", "Gemm"]
@@ -40,7 +40,7 @@ def quantize_dynamic_int8(path_in: Path, path_out: Path, *, per_channel: bool = 
                 per_channel=per_channel,
                 reduce_range=reduced,
                 weight_type=QuantType.QInt8,
-                use_external_data_format=model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF,
+                use_external_data_format=not fits_one_file(model),
                 # Shape inference does not see through ONNX Runtime's own operators, which all give floats here.
                 extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
             )

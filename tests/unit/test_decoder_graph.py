@@ -142,6 +142,30 @@ def test_linear_layers_are_named_constant_products(tmp_path):
     assert products["head"] == [48, VOCABULARY]
 
 
+def test_what_exceeds_one_file_keeps_its_weights_in_a_second(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    monkeypatch.setattr(onnx.checker, "MAXIMUM_PROTOBUF", 20_000)
+    for seed in (0, 1):
+        model = tiny_decoder(seed=seed)
+        export_decoder(model, path)
+    first, second = sorted(tmp_path.iterdir())
+    assert (first.name, second.name) == ("model.onnx", "model.onnx.data")
+    assert first.stat().st_mode == second.stat().st_mode
+    weights = sum(weight.nbytes for weight in model.parameters())
+    assert weights < second.stat().st_size < 1.1 * weights
+    with contextlib.closing(GraphRunner(path, decoder_spec(model.config), EngineOptions())) as opened:
+        opened.allocate(1, 8)
+        assert_close(opened.feed(0, text(8), 0, 8), truth(model, text(8)))
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "phi3", "qwen3", "gemma3"])
+def test_the_model_stays_as_it_is(tmp_path, name):
+    model = tiny_decoder(name)
+    before = {path: weight.clone() for path, weight in model.state_dict().items()}
+    export_decoder(model, tmp_path / "model.onnx")
+    assert all(torch.equal(weight, before[path]) for path, weight in model.state_dict().items())
+
+
 def test_context_may_be_bounded(tmp_path):
     model = model_of("llama", True)
     assert decoder_spec(model.config).context == CONTEXT
