@@ -33,7 +33,7 @@ KEPT: Final = 32
 TRIED: Final = 3
 # Some whitespace, so that a model which likes it cannot go on with it for ever; and nothing is ignored in silence.
 JSON_OPTIONS: Final[dict[str, Any]] = {"whitespace_pattern": r"[ \n\r\t]{1,40}", "lenient": False}
-# A step then takes some ten milliseconds at worst, a grammar's states some ten megabytes.
+# A step then takes some tens of milliseconds at worst, a grammar's states some ten megabytes.
 LIMITS: Final[dict[str, Any]] = {
     "initial_lexer_fuel": 200_000,
     "max_lexer_states": 50_000,

@@ -126,6 +126,11 @@ def test_top_k_keeps_the_largest() -> None:
     assert_drawn_from(frequencies(LOGITS, Sampling(top_k=3)), kept / kept.sum())
 
 
+def test_top_k_of_all_but_one() -> None:
+    kept = np.where(np.arange(3) == 2, 0, softmax(LOGITS[:3]))
+    assert_drawn_from(frequencies(LOGITS[:3], Sampling(top_k=2)), kept / kept.sum())
+
+
 def test_top_k_of_more_than_there_are_is_no_limit() -> None:
     assert_drawn_from(frequencies(LOGITS, Sampling(top_k=100)), softmax(LOGITS))
 
@@ -377,8 +382,16 @@ def test_log_probabilities_are_before_temperature_and_penalties() -> None:
 
 
 def test_of_equally_likely_tokens_the_first_are_told() -> None:
-    token = token_of(np.zeros(8, np.float32), begin(Sampling(temperature=0.0, logprobs=3)))
-    assert [index for index, _ in token.top] == [0, 1, 2]
+    logits = (np.arange(900) % 3).astype(np.float32)
+    logits[-7:] = 3
+    token = token_of(logits, begin(Sampling(temperature=0.0, logprobs=20), vocabulary=900))
+    assert [index for index, _ in token.top] == [*range(893, 900), *range(2, 41, 3)]
+
+
+@pytest.mark.parametrize("shift", [-500.0, 500.0])
+def test_log_probabilities_of_logits_far_from_zero(shift: float) -> None:
+    token = token_of(LOGITS + np.float32(shift), begin(Sampling(seed=1, logprobs=1)))
+    assert token.logprob == pytest.approx(math.log(softmax(LOGITS)[token.id]), abs=1e-4)
 
 
 def test_no_others_are_told_for_zero_log_probabilities() -> None:
