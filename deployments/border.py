@@ -107,9 +107,10 @@ def _explained(error: ValidationError, remedies: Mapping[str, str]) -> RequestEr
     if path[:1] == ["max_disagreement"]:
         what = "must be a share from 0 to 1, `exact`, or the name of a class"
         return RequestError(f"max_disagreement: {what}", param="max_disagreement")
+    # Of the fields on the way that have a remedy, the innermost; places in lists are no names.
     for end in range(len(path), 0, -1):
         remedy = remedies.get(".".join(part for part in path[:end] if not part.isdecimal()))
-        if remedy is not None and first["type"] != "missing":
+        if remedy is not None and first["type"] != "missing" and not path[end - 1].isdecimal():
             where = ".".join(path[:end])
             return RequestError(f"{where}: {remedy}", param=where)
     where = ".".join(path) or "body"

@@ -137,6 +137,7 @@ class MarkedReader:
         self.called = False
         self._held = ""
         self._inside = False
+        self._after_call = False
         self._calls = 0
 
     def read(self, text: str, *, last: bool) -> Read:
@@ -151,21 +152,26 @@ class MarkedReader:
             self._take(self._held, "", content, calls)
             self._held = ""
         elif not self._inside:
-            keep = _may_begin(OPENING, self._held)
-            content.append(self._held[: len(self._held) - keep])
-            self._held = self._held[len(self._held) - keep :]
-        words = "".join(content)
-        # Between calls there are line ends, which say nothing.
-        return Read("" if self.called and not words.strip() else words, tuple(calls))
+            said = len(self._held) - _may_begin(OPENING, self._held)
+            self._say(self._held[:said], content)
+            self._held = self._held[said:]
+        return Read("".join(content), tuple(calls))
 
     def _take(self, text: str, end: str, content: list[str], calls: list[CallPart]) -> None:
         call = _call_of(text, self._calls) if self._inside else None
         if call is not None:
-            self.called = True
+            self.called = self._after_call = True
             self._calls += 1
             calls.append(call)
         else:
-            content.append(f"{OPENING}{text}{end}" if self._inside else text)
+            self._say(f"{OPENING}{text}{end}" if self._inside else text, content)
+
+    def _say(self, text: str, content: list[str]) -> None:
+        # Between calls there are line ends, which say nothing.
+        text = text.lstrip() if self._after_call else text
+        if text:
+            self._after_call = False
+            content.append(text)
 
 
 def new_id() -> str:

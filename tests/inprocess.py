@@ -6,7 +6,7 @@ The monitor is the real one too, where one is given; it is told what the tests t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -15,14 +15,18 @@ from fastapi import FastAPI
 
 from deployments.api import build_api
 from deployments.batcher import Batcher
+from deployments.lane import Lane
 from deployments.monitor import Monitor
 from deployments.router import Client, Router
 from deployments.served import ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.text_source import TextSource
+from deployments.text_work import Bit, TextWork
 from deployments.watch import Send, Watch
 from fettle.config import FamilyConfig, GearConfig, LimitConfig, MonitorConfig
 from fettle.family import Family
+from fettle.latency import TextCosts
+from fettle.manifest import TaskKind
 from fettle.rows import Exits, Outputs, Rows
 from fettle.scheduling import BatchBounds, Queue
 from workers.engine import Engine, open_engine
@@ -84,7 +88,10 @@ def make_router(
     served = {}
     for family in families:
         own = (settings or {}).get(family.name) or FamilyConfig(path=str(family.directory))
-        batchers = {name: make_batcher(family, name) for name in own.variants or family.variants}
+        make: Callable[[Family, str], Batcher | Lane] = (
+            make_lane if family.manifest.task.kind is TaskKind.GENERATE else make_batcher
+        )
+        batchers = {name: make(family, name) for name in own.variants or family.variants}
         served[family.name] = made = ServedFamily.of(own, family.name, family, batchers, gears)
         for batcher in batchers.values():
             batcher.calm = made.is_calm
@@ -101,6 +108,23 @@ def make_batcher(family: Family, variant: str) -> Batcher:
         max_queue_s=MAX_QUEUE_S,
         stages=family.variant(variant).exits + 1,
     )
+
+
+@dataclass
+class Unasked:
+    """One replica of a text variant that is never asked: a scripted source answers in its place."""
+
+    replicas: int = 1
+
+    def generate(self, work: TextWork) -> AsyncGenerator[list[Bit], None]:
+        raise AssertionError(f"{work.id} went past the scripted source")
+
+
+def make_lane(family: Family, variant: str) -> Lane:
+    measured = family.variant(variant).measured
+    assert measured is not None
+    costs = TextCosts(measured.latency, measured.latency, rows=4, length=16)
+    return Lane(Unasked(), costs, places=4, max_queue_s=MAX_QUEUE_S)
 
 
 @asynccontextmanager
