@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -23,7 +24,7 @@ logger = logging.getLogger("ray.serve")
 Model = TypeVar("Model")
 
 Handler = Callable[[Request], Awaitable[Response]]
-# Path, handler, and what a good reply holds.
+# Path, handler, and what a good reply holds, a model or `Streamed`.
 Route = tuple[str, Callable[..., Awaitable[Response]], Any]
 
 # The page asks for a key itself.
@@ -39,6 +40,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorReply, "description": "no replica could answer"},
     504: {"model": ErrorReply, "description": "not to be answered before the request's deadline"},
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """A reply that holds a model, or comes as server-sent events where that was asked for."""
+
+    model: Any
 
 
 def reply(content: object, headers: dict[str, str] | None = None, status: int = 200) -> Response:
@@ -120,9 +128,10 @@ def _explained(error: ValidationError, remedies: Mapping[str, str]) -> RequestEr
 def add_posts(app: FastAPI, routes: Iterable[Route]) -> None:
     """Register paths that are posted to, with what they may answer."""
     for path, handler, model in routes:
-        app.add_api_route(
-            path, handler, methods=["POST"], responses=ERRORS | {200: {"model": model}}, response_class=Response
-        )
+        good = {"model": model}
+        if isinstance(model, Streamed):
+            good = {"model": model.model, "content": {"text/event-stream": {}}}
+        app.add_api_route(path, handler, methods=["POST"], responses=ERRORS | {200: good}, response_class=Response)
 
 
 def document(app: FastAPI, readers: Mapping[str, BodyReader[Any]]) -> None:

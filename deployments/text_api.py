@@ -19,7 +19,7 @@ import numpy as np
 from fastapi import Request, Response
 
 from deployments import border, text_calls, text_replies, text_schemas, text_shapes
-from deployments.border import BodyReader, Route, reply
+from deployments.border import BodyReader, Route, Streamed, reply
 from deployments.conversations import Conversations
 from deployments.router import TOKENIZE_INLINE_CHARACTERS, Asked, Router
 from deployments.streams import DONE, EventStream, connected, event
@@ -68,8 +68,8 @@ class TextEndpoints:
     @property
     def routes(self) -> list[Route]:
         return [
-            ("/v1/completions", self.completions, text_replies.CompletionReply),
-            ("/v1/chat/completions", self.chat_completions, text_replies.ChatReply),
+            ("/v1/completions", self.completions, Streamed(text_replies.CompletionReply)),
+            ("/v1/chat/completions", self.chat_completions, Streamed(text_replies.ChatReply)),
         ]
 
     async def completions(self, request: Request) -> Response:
