@@ -67,6 +67,11 @@ class ChatTemplate(Strict):
         contents = {name: value["content"] if isinstance(value, dict) else value for name, value in found.items()}
         return cls(source=source, special_tokens=contents)
 
+    def files(self) -> dict[str, bytes]:
+        """What has to be in a directory, by name, for `read` to find this template there."""
+        config = orjson.dumps(self.special_tokens, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+        return {TEMPLATE_FILE: self.source.encode(), CONFIG_FILE: config}
+
 
 class Chat:
     """A template ready to render."""

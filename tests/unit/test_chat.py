@@ -164,6 +164,14 @@ def test_a_template_is_read_with_its_special_tokens(tmp_path: Path):
     assert ChatTemplate.read(tmp_path) == ChatTemplate(source=ELABORATE, special_tokens=TOKENS)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_template_written_is_the_template_read(tmp_path: Path, name: str):
+    template = ChatTemplate(source=ALL[name], special_tokens=TOKENS)
+    for file, content in template.files().items():
+        (tmp_path / file).write_bytes(content)
+    assert ChatTemplate.read(tmp_path) == template
+
+
 def test_older_forms_of_the_configuration(tmp_path: Path):
     save(tmp_path, CHATML, bos_token={"content": "<s>", "lstrip": False}, eos_token=None)
     assert ChatTemplate.read(tmp_path) == ChatTemplate(source=CHATML, special_tokens={"bos_token": "<s>"})
