@@ -129,7 +129,7 @@ async def test_rays_dashboard_shows_the_deployments_and_their_autoscaling(served
     application = details["applications"]["fettle"]
     assert application["status"] == "RUNNING"
     deployments = application["deployments"]
-    variants = {"sections.fp32", "sections.fragile", "emb.int8", "emb.slow"}
+    variants = {"sections.fp32", "sections.fragile", "emb.int8", "emb.slow", "lm.bf16", "lm.int4"}
     assert set(deployments) == {*variants, "RouterIngress", "Monitor"}
     for name in variants:
         assert deployments[name]["status"] == "HEALTHY"
