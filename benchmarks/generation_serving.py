@@ -1,0 +1,237 @@
+"""Text generation over HTTP, streamed: the family's variants beside other servers, the same prompts, the same machine.
+
+Requests of about 128 tokens in and 64 out. First 16 streams at a time, which is the served rate, set against what the
+bare engine does with 16 at a time; then Poisson arrivals at three shares of that rate: time to first token, time per
+output token, between tokens, to the end, and goodput. Random weights in the shape of SmolLM2-135M, unless a model is
+given; a family of it is made where there is none.
+
+    python -m benchmarks.generation_serving [--model DIR] [--variants onnx-int8] [--peers transformers]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe_machine, machine_lines
+from benchmarks.processes import Server, ServerSpec
+from benchmarks.text_load import TextPlan, as_json
+from benchmarks.text_models import random_model
+from deployments.fastpath import free_port
+from fettle.family import Family
+from fettle.generation import Prompt, Sampling
+from fettle.tokenizer import Tokenizer
+from workers.engine import EngineOptions, open_runner
+from workers.generator import Generator
+
+TEXTS = Path("examples/data/debian-sections.test.jsonl.gz")
+LOGS = Path("build/benchmark-logs")
+MODEL, FAMILY = Path("build/benchmark-models/smollm2-135m"), Path("build/benchmark-families/smollm2-135m")
+TOKENS_IN, TOKENS_OUT, STREAMS = 128, 64, 16
+LOADS = (0.3, 0.6, 0.9)
+FAMILY_NAME = "lm"
+# Random weights hardly ever end a text, but sampled tokens must not do so either.
+SAMPLED = {"temperature": 0.0, "ignore_eos": True}
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    name: str
+    server: Callable[[int], ServerSpec]
+    body: dict[str, Any]
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    machine = describe_machine()
+    if not options.json:
+        print("\n".join(machine_lines(machine)))
+    model = options.model or random_model(MODEL)
+    family = open_family(model, options.family, options.variants)
+    prompts = prompts_of(family, options.texts)
+    systems = [fettle_system(options.family, variant, options.threads) for variant in options.variants]
+    systems += [peer_system(name, model) for name in options.peers]
+    offline = {variant: engine_rate(family, variant, prompts, options.threads) for variant in options.variants}
+    rows = []
+    rate = None
+    for system in systems:
+        say(system.name)
+        row = measured(system, prompts, options, rate)
+        # All meet the same arrivals: shares of what the first one serves.
+        rate = rate or row["streams"]["rps"]
+        rows.append(row | {"engine_tokens_per_s": offline.get(system.name.removeprefix("fettle "))})
+    if not options.json:
+        Console(width=120).print(table(rows))
+    settings = {"tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "streams": STREAMS, "model": model.name}
+    print(json.dumps({"benchmark": "generation_serving", "hardware": machine, "settings": settings, "systems": rows}))
+
+
+def measured(system: System, prompts: Sequence[str], options: argparse.Namespace, rate: float | None) -> dict[str, Any]:
+    spec = system.server(free_port())
+    plan = TextPlan(spec.url, prompts, system.body, TOKENS_OUT, seconds=options.seconds, seed=options.seed)
+    with Server(spec, LOGS / f"generation-{system.name.replace(' ', '-')}.log"):
+        closed = load(replace(plan, streams=STREAMS, warm_up=options.warm_up))
+        rate = rate or closed["rps"]
+        loads = {f"{share:g}": load(replace(plan, rate=share * rate)) for share in LOADS}
+    return {"system": system.name, "streams": closed, "loads": loads}
+
+
+def load(plan: TextPlan) -> dict[str, Any]:
+    """In a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.text_load", as_json(plan)]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return found
+
+
+def open_family(model: Path, directory: Path, variants: Sequence[str]) -> Family:
+    """Make what is missing, at as little effort as gives a family that can be served."""
+    if not (directory / "family.json").exists():
+        say(f"a family of {model}")
+        data = directory.parent / f"{directory.name}.jsonl"
+        data.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(TEXTS, "rt") as texts:
+            data.write_text(
+                "".join(json.dumps({"text": json.loads(line)["text"]}) + "\n" for line in list(texts)[:200])
+            )
+        command = [sys.executable, "-m", "fettle.cli", "optimize", str(model), "--data", str(data)]
+        command += ["--out", str(directory), "--name", FAMILY_NAME, "--answer", "text", "--max-rows", "16"]
+        for variant in variants:
+            command += ["--recipe", variant]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return Family.open(directory)
+
+
+def prompts_of(family: Family, texts: Path) -> list[str]:
+    """Texts of `TOKENS_IN` tokens, some of several joined, cut at a token."""
+    tokenizer = Tokenizer(family.tokenizer_path, family.manifest.tokenizer)
+    with gzip.open(texts, "rt") as lines:
+        joined = " ".join(json.loads(line)["text"] for line in list(lines)[:600])
+    ids = tokenizer.ids(joined, special=False)
+    cut = [ids[begin : begin + TOKENS_IN] for begin in range(0, len(ids) - TOKENS_IN, TOKENS_IN)]
+    return [tokenizer.text(part.tolist()) for part in cut[:200]]
+
+
+def engine_rate(family: Family, variant: str, prompts: Sequence[str], threads: int, seconds: float = 15.0) -> float:
+    """Tokens a second of the bare generator with `STREAMS` texts at a time, prompts included."""
+    runner = open_runner(family.variant_path(variant), EngineOptions(threads=threads))
+    generator = Generator(runner, memory_bytes=1 << 30, max_slots=STREAMS)
+    tokenizer = Tokenizer(family.tokenizer_path, family.manifest.tokenizer)
+    rows = [tokenizer.ids(prompt, special=False) for prompt in prompts]
+    begun, tokens, counted_from = 0, 0, None
+    started = time.perf_counter()
+    while (now := time.perf_counter()) - started < seconds + 3.0:
+        if counted_from is None and now - started > 3.0:
+            counted_from, tokens = now, 0
+        while generator.alive + generator.waiting < STREAMS:
+            ids = np.asarray(rows[begun % len(rows)], np.int32)
+            generator.submit(Prompt(str(begun), ids, TOKENS_OUT, Sampling(temperature=0.0)))
+            begun += 1
+        tokens += sum(len(step.tokens) for step in generator.step())
+    generator.close()
+    assert counted_from is not None
+    return round(tokens / (time.perf_counter() - counted_from), 1)
+
+
+def fettle_system(family: Path, variant: str, threads: int) -> System:
+    model = f"{FAMILY_NAME}:{variant}"
+
+    def server(port: int) -> ServerSpec:
+        command = [sys.executable, "-m", "fettle.cli", "serve", str(family.absolute()), "--port", str(port)]
+        command += ["--variant", variant, "--default", variant, "--threads", str(threads), "--no-dashboard"]
+        command += ["--min-replicas", "1", "--max-replicas", "1"]
+        return _spec(command, port, model)
+
+    return System(f"fettle {variant}", server, {"model": model, **SAMPLED})
+
+
+def peer_system(name: str, model: Path) -> System:
+    """`transformers serve` with continuous batching, as it comes (bfloat16)."""
+    if name != "transformers":
+        sys.exit(f"no peer {name!r}; there is transformers")
+
+    def server(port: int) -> ServerSpec:
+        command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model.absolute())]
+        command += ["--continuous-batching", "--device", "cpu", "--dtype", "bfloat16", "--port", str(port)]
+        return _spec(command, port, str(model.absolute()))
+
+    # It knows no way to go on past an end token; random weights give none.
+    return System("transformers serve", server, {"model": str(model.absolute()), "temperature": 0.0})
+
+
+def _spec(command: Sequence[str], port: int, model: str) -> ServerSpec:
+    probe = json.dumps({"model": model, "prompt": "Are you there?", "max_tokens": 2}).encode()
+    return ServerSpec(command, f"http://127.0.0.1:{port}/v1/completions", probe)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    made = Table(f"{TOKENS_IN} tokens in, {TOKENS_OUT} out; ms at p50 / p99")
+    for name in (
+        "system",
+        "load",
+        "requests/s",
+        "tokens/s",
+        "of engine",
+        "TTFT",
+        "TPOT",
+        "between",
+        "whole",
+        "goodput/s",
+    ):
+        made.add_column(name, justify="right")
+    for row in rows:
+        engine = row["engine_tokens_per_s"]
+        for name, found in {f"{STREAMS} streams": row["streams"], **row["loads"]}.items():
+            share = f"{found['tokens_per_s'] / engine:.0%}" if engine and "streams" in name else ""
+            times = [
+                f"{found[part]['p50']} / {found[part]['p99']}"
+                for part in ("ttft_ms", "tpot_ms", "inter_token_ms", "end_to_end_ms")
+            ]
+            made.add_row(
+                row["system"],
+                name,
+                str(found["rps"]),
+                str(found["tokens_per_s"]),
+                share,
+                *times,
+                str(found["goodput_rps"]),
+            )
+    return made
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generation_serving", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, help="a checkpoint; random weights if not given")
+    parser.add_argument("--family", type=Path, default=FAMILY, help="made of the model where there is none")
+    parser.add_argument("--variants", type=names, default="onnx-int8")
+    parser.add_argument("--peers", type=names, default="transformers")
+    parser.add_argument("--threads", type=int, default=2, help="of the one replica")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--warm-up", type=float, default=5.0)
+    parser.add_argument("--texts", type=Path, default=TEXTS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    return parser.parse_args(arguments)
+
+
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
