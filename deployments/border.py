@@ -235,7 +235,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:
     """Nobody reads this; it is no bug either."""
-    return error_reply(RequestError("the client left before its body was complete"))
+    return error_reply(RequestError("the client left before it was answered"))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

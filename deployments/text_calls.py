@@ -97,8 +97,9 @@ def _call(
 ) -> TextCall:
     """`said`: the client itself gave the limit, so there must be room for it."""
     vocabulary = asked.family.tokenizer.spec.vocabulary
+    field = "prompt" if isinstance(body, CompletionRequest) else "messages"
     for prompt in prompts:
-        check_room(len(prompt), max_tokens if said else None, asked.family.context)
+        check_room(len(prompt), max_tokens if said else None, asked.family.context, field)
     least = body.min_tokens or 0
     if max_tokens is not None and least > max_tokens:
         raise RequestError(f"min_tokens: {least} are more than the {max_tokens} allowed", param="min_tokens")
@@ -127,16 +128,18 @@ def _call(
     )
 
 
-def check_room(prompt: int, most: int | None, context: int) -> None:
+def check_room(prompt: int, most: int | None, context: int, field: str) -> None:
     """Raises ContextLengthError unless the prompt, and as many tokens as were asked for, fit the context."""
     if prompt >= context:
         raise ContextLengthError(
-            f"the prompt has {prompt} tokens, of {context} that the model's context holds with the answer; shorten it"
+            f"{field}: {prompt} tokens, of {context} that the model's context holds with the answer; shorten it",
+            param=field,
         )
     if most is not None and prompt + most > context:
         raise ContextLengthError(
-            f"the prompt's {prompt} tokens and the {most} asked for are more than the model's context of {context}; "
-            f"ask for at most {context - prompt}, or shorten the prompt"
+            f"max_tokens: the prompt's {prompt} tokens and {most} more do not fit the model's context of {context}; "
+            f"ask for at most {context - prompt}, or shorten the prompt",
+            param="max_tokens",
         )
 
 

@@ -208,7 +208,10 @@ class Offsets:
         self._after: TextStream = tokenizer.detokenizer.stream(before=prompt)
 
     def of_prompt(self, tokens: Sequence[Token]) -> list[int]:
-        return _offsets(self._before, tokens)
+        """Of all of the prompt's tokens. Those that the tokenizer put before a text are not in what is told of it."""
+        offsets = _offsets(self._before, tokens)
+        added = max(0, self._before.length - self._echoed)
+        return [max(0, offset - added) for offset in offsets]
 
     def of(self, tokens: Sequence[Token]) -> list[int]:
         return [self._echoed + offset for offset in _offsets(self._after, tokens)]

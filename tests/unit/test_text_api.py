@@ -369,11 +369,11 @@ async def test_a_stream_ends_the_call(families):
 @pytest.mark.parametrize(
     ("path", "body", "param", "code"),
     [
-        (COMPLETIONS, {"prompt": "x" * CONTEXT}, None, "context_length_exceeded"),
-        (COMPLETIONS, {"prompt": "x", "max_tokens": CONTEXT}, None, "context_length_exceeded"),
-        (COMPLETIONS, {"prompt": ["x", "x" * 500], "max_tokens": 20}, None, "context_length_exceeded"),
-        (CHAT, {"messages": [{"role": "user", "content": "x" * CONTEXT}]}, None, "context_length_exceeded"),
-        (CHAT, {"messages": TALK, "max_completion_tokens": CONTEXT}, None, "context_length_exceeded"),
+        (COMPLETIONS, {"prompt": "x" * CONTEXT}, "prompt", "context_length_exceeded"),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": CONTEXT}, "max_tokens", "context_length_exceeded"),
+        (COMPLETIONS, {"prompt": ["x", "x" * 500], "max_tokens": 20}, "max_tokens", "context_length_exceeded"),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages", "context_length_exceeded"),
+        (CHAT, {"messages": TALK, "max_completion_tokens": CONTEXT}, "max_tokens", "context_length_exceeded"),
         (COMPLETIONS, {"prompt": ""}, "prompt", "invalid_request"),
         (COMPLETIONS, {"prompt": ["a", ""]}, "prompt", "invalid_request"),
         (COMPLETIONS, {"prompt": [5, 260]}, "prompt", "invalid_request"),

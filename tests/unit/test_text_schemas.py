@@ -202,6 +202,28 @@ async def test_numbers_that_are_none(app, path, text):
     assert response.json()["error"]["param"] == "repetition_penalty"
 
 
+@PATHS
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"", "application/json", 400),
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b'{"prompt": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}', "application/json", 400),
+        (b'{"prompt": "\xff", "messages": [{"role": "user", "content": "\xff"}]}', "application/json", 400),
+        (b'{"guided_json":' + b"[" * 50_000, "application/json", 400),
+        (b'{"prompt": "x", "messages": []}', "text/plain", 400),
+        (b'{"prompt": "' + b"x" * 3_000_000 + b'"}', "application/json", 413),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+async def test_bodies_that_are_none(app, path, content, kind, status):
+    async with client_of(app) as client:
+        response = await client.post(path, content=content, headers={"content-type": kind})
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
 HARMLESS = {
     "user": "me",
     "n": None,

@@ -15,7 +15,18 @@ from deployments.tool_calls import ToolPlan
 from fettle.generation import Finish, Sampling, Token
 from fettle.manifest import TaskKind
 from tests.inprocess import make_router
-from tests.texts import FIRST_BYTE, IM_START, OTHER, OTHER_LOGPROB, framed, ids_of, make_text_family, pieces_of, token
+from tests.texts import (
+    BOS,
+    FIRST_BYTE,
+    IM_START,
+    OTHER,
+    OTHER_LOGPROB,
+    framed,
+    ids_of,
+    make_text_family,
+    pieces_of,
+    token,
+)
 
 TEXT = "Grüße 漢字!"
 
@@ -131,6 +142,14 @@ def test_echo_shows_special_tokens_and_counts_them(router):
     whole = completion(call, [tokenizer.text(call.prompts[0].tolist())]).whole(gathered(pieces))
     assert whole["text"] == "<|im_start|>ncex"
     assert whole["logprobs"]["text_offset"] == [0, 12, 13, 14, 15]
+
+
+def test_a_token_that_was_put_before_a_text_begins_where_the_text_does(router):
+    call = call_of(router, logprobs=0, prompt_logprobs=True)
+    call.prompts[0][0] = BOS
+    told = completion(call, ["nce"]).whole(gathered(pieces_of(call, 0, "x")))["logprobs"]
+    assert told["tokens"] == ["<s>", "n", "c", "e", "x"]
+    assert told["text_offset"] == [0, 0, 1, 2, 3]
 
 
 def test_nothing_is_told_of_a_piece_without_text(router):
