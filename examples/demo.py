@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,12 @@ def run(options: DemoOptions, console: Console) -> tuple[list[Outcome], list[Ask
     report(outcomes, families, options, console)
     report_classes(asked, families[CLASSIFIER], options, console)
     return outcomes, asked
+
+
+def figures(options: DemoOptions, console: Console) -> dict[str, object]:
+    """The same as plain values."""
+    outcomes, asked = run(options, console)
+    return {"variants": [asdict(row) for row in outcomes], "classes": [asdict(row) for row in asked]}
 
 
 def train(out: Path, recipe: Recipe, console: Console) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from examples.finetune import read_rows
 from fettle.errors import UsageError
@@ -40,6 +41,7 @@ DESCRIBE = "Describe a package from the section {label}."
 STATE, MODEL = "state", "model"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 HELD_OUT_ROWS = 200
+SECONDS_BETWEEN_LINES = 5.0
 
 Ids = NDArray[np.int64]
 Report = Callable[["Training"], None]
@@ -286,13 +288,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     recipe = Recipe(epochs=arguments.epochs, seed=arguments.seed)
-    started, first = time.monotonic(), None
+    logging.disable_progress_bar()
+    started, first, told = time.monotonic(), -1, 0.0
 
     def report(training: Training) -> None:
-        nonlocal first
-        first = training.done - 1 if first is None else first
-        if training.done % 10 == 0 or training.done == training.steps:
-            left = (time.monotonic() - started) / (training.done - first) * (training.steps - training.done) / 60
+        nonlocal first, told
+        first = training.done - 1 if first < 0 else first
+        now = time.monotonic()
+        if now - told > SECONDS_BETWEEN_LINES or training.done == training.steps:
+            told = now
+            left = (now - started) / (training.done - first) * (training.steps - training.done) / 60
             print(
                 f"step {training.done} of {training.steps}, {training.recent():.3f} nats a token, {left:.0f} min left",
                 flush=True,

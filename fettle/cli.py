@@ -6,8 +6,9 @@ What all commands have in common, such as exit codes, is `fettle.console`.
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +29,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+class DemoTask(StrEnum):
+    ENCODERS = "encoders"
+    GENERATION = "generation"
+
 
 FamilyArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A family, made by `fettle optimize`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
@@ -259,6 +266,7 @@ def serve(
     Example: `fettle serve ./family --port 8000`
     """
     from deployments.server import ServerOptions, running, wait_for_signal
+    from deployments.welcome import welcome
     from fettle.config import ServeConfig
     from fettle.local import EXACT, share
     from fettle.machine import usable_cores
@@ -284,7 +292,7 @@ def serve(
     where = ServerOptions(host=host, port=port, address=address, fast=fast, dashboard=dashboard, verbose=verbose)
     typer.echo("starting Ray and the replicas ...", err=True)
     with running(config, where) as url:
-        _print_welcome(url, config)
+        typer.echo("\n".join(welcome(url, config)))
         wait_for_signal()
         typer.echo("stopping ...", err=True)
 
@@ -327,40 +335,29 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the models and families are left; a second run reuses them.")] = Path(
         "fettle-demo"
     ),
+    task: Annotated[
+        DemoTask, typer.Option(help="encoders: a classifier and an embedding model; generation: a language model.")
+    ] = DemoTask.ENCODERS,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    questions: Annotated[int, typer.Option(min=1, max=3434, help="Requests to each variant.")] = 300,
+    questions: Annotated[int, typer.Option(min=1, max=3434, help="Requests to each variant, or class.")] = 300,
     training_rows: Annotated[int, typer.Option(min=32, help="Texts that the classifier is fine-tuned on.")] = 2500,
 ) -> None:
     """From a real model to measured variants that answer over HTTP, in a few minutes on two cores.
 
     The last line on standard output is one JSON object.
 
-    Example: `fettle demo --out ./fettle-demo`
+    Example: `fettle demo --task generation --out ./fettle-demo`
     """
-    from dataclasses import asdict
-
     from rich.console import Console
 
-    from examples.demo import DemoOptions, run
+    from examples import demo as encoders
+    from examples import text_demo as texts
 
-    options = DemoOptions(out, port=port, questions=questions, training_rows=training_rows)
-    outcomes, classes = run(options, Console(stderr=False))
-    figures = {"variants": [asdict(row) for row in outcomes], "classes": [asdict(row) for row in classes]}
-    print_json({"directory": str(out), "questions": questions, **figures})
-
-
-def _print_welcome(url: str, config: Any) -> None:
-    """The address, what answers there, and a request to try."""
-    from deployments.app import named_families
-    from fettle.manifest import TaskKind
-
-    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
-    typer.echo(f"serving at {url}  (live page at {url}/, documentation at {url}/docs, Ctrl-C stops)")
-    for name, family in named_families(config).items():
-        embeds = family.manifest.task.kind is TaskKind.EMBED
-        path = "/v1/embeddings" if embeds else "/classify"
-        json = f'{{"model": "{name}", "input": "a text"}}'
-        typer.echo(f"  curl {url}{path}{key} -H 'content-type: application/json' -d '{json}'")
+    if task is DemoTask.GENERATION:
+        found = texts.figures(texts.TextDemoOptions(out, port, questions), Console())
+    else:
+        found = encoders.figures(encoders.DemoOptions(out, port, questions, training_rows=training_rows), Console())
+    print_json({"directory": str(out), "task": task, "questions": questions, **found})
 
 
 def _progress() -> Progress:
