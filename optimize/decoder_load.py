@@ -6,7 +6,7 @@ can be pruned, is for others to say. Reached through `optimize.load.load_referen
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +44,7 @@ class TextScorer(Scorer):
         del token_type_ids  # language models have no segments
         # Causal: no token sees the padding after it.
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        last = attention_mask.sum(dim=1) - 1
+        last = attention_mask.long().sum(dim=1) - 1
         return logits[torch.arange(len(last), device=last.device), last].float()
 
 
@@ -62,6 +62,11 @@ class DecoderReference(Reference):
     def language(self) -> PreTrainedModel:
         """The model itself, in float32 and eval mode, its weights not to be trained."""
         return cast(PreTrainedModel, self.model.model)
+
+    def with_student(self, scorer: Scorer) -> DecoderReference:
+        """The reference with a student of it in its place, for what is made from it: a graph, a checkpoint."""
+        config = cast(PreTrainedModel, scorer.model).config
+        return replace(self, model=scorer, config=config, decoder=decoder_spec(config, self.decoder.context))
 
     @property
     def end_id(self) -> int | None:
