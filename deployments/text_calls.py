@@ -102,7 +102,9 @@ def _call(
         check_room(len(prompt), max_tokens if said else None, asked.family.context, field)
     least = body.min_tokens or 0
     if max_tokens is not None and least > max_tokens:
-        raise RequestError(f"min_tokens: {least} are more than the {max_tokens} allowed", param="min_tokens")
+        raise RequestError(
+            f"min_tokens: {least} are more than the {max_tokens} of max_tokens; raise those", param="min_tokens"
+        )
     stop_ids = body.stop_token_ids or []
     check_ids(stop_ids, vocabulary, "stop_token_ids")
     vote = body.answers == "vote"
@@ -182,14 +184,13 @@ def early_stop_of(given: EarlyStopRequest, task: Task) -> EarlyStop:
         )
     wrong = None if given.answer_pattern is None else complaint(given.answer_pattern)
     if wrong is not None:
-        raise RequestError(
-            f"early_stop.answer_pattern: {wrong}; simplify it", param="early_stop.answer_pattern"
-        ) from None
+        raise RequestError(f"early_stop.answer_pattern: {wrong}; simplify it", param="early_stop.answer_pattern")
     return EarlyStop(given.end_probability, given.answer_confidence, given.answer_pattern, given.reasoning_budget)
 
 
-def _grammars(body: GenerateRequest) -> list[GrammarSpec | None]:
-    form, found = body.response_format, []
+def _grammars(body: GenerateRequest) -> list[GrammarSpec]:
+    form = body.response_format
+    found: list[GrammarSpec] = []
     if form is not None and form.type == "json_object":
         found.append(GrammarSpec("json_object"))
     if form is not None and form.type == "json_schema":
@@ -205,7 +206,7 @@ def _grammars(body: GenerateRequest) -> list[GrammarSpec | None]:
         found.append(GrammarSpec("regex", body.guided_regex))
     if body.guided_choice is not None:
         found.append(GrammarSpec("choice", tuple(body.guided_choice)))
-    return list(found)
+    return found
 
 
 def _only(grammars: Sequence[GrammarSpec | None]) -> GrammarSpec | None:

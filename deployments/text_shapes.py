@@ -104,7 +104,7 @@ class CompletionShape:
         choice.echo = ""
         if not (text or logprobs or piece.finish):
             return []
-        return [{"index": piece.choice, "text": text, "logprobs": logprobs, **finish_fields(piece)}]
+        return [{"index": piece.choice, "text": text, "logprobs": logprobs, **finish_fields(piece, self._call)}]
 
     def whole(self, choice: Gathered) -> Json:
         [part] = self.parts(choice.as_piece())
@@ -134,6 +134,7 @@ class ChatShape:
     chunk_object = "chat.completion.chunk"
 
     def __init__(self, call: TextCall, plan: ToolPlan) -> None:
+        self._call = call
         self._plan = plan
         self._tokenizer = call.asked.family.tokenizer
         self._logprobs = call.sampling.logprobs
@@ -155,7 +156,7 @@ class ChatShape:
         if logprobs:
             parts[-1]["logprobs"] = logprobs
         if piece.finish is not None:
-            finish = finish_fields(piece, called=reader.called)
+            finish = finish_fields(piece, self._call, called=reader.called)
             parts.append({"index": index, "delta": {}, "logprobs": None, **finish})
         return parts
 
@@ -168,7 +169,7 @@ class ChatShape:
         else:
             message["content"] = read.content
         told = self._told(choice.tokens)
-        finish = finish_fields(choice.as_piece(), called=reader.called)
+        finish = finish_fields(choice.as_piece(), self._call, called=reader.called)
         return {"index": choice.index, "message": message, "logprobs": told, **finish}
 
     def _told(self, tokens: Sequence[Token]) -> Json | None:
@@ -186,14 +187,16 @@ def _delta(content: str, calls: Sequence[CallPart]) -> Json:
     return made
 
 
-def finish_fields(piece: Piece, *, called: bool = False) -> Json:
+def finish_fields(piece: Piece, call: TextCall, *, called: bool = False) -> Json:
     """How a choice ended, if it did: OpenAI's word, vLLM's `stop_reason`, and Fettle's own."""
     if piece.finish is None:
         return {"finish_reason": None}
-    reason = FINISH_REASONS[piece.finish]
+    reason, stop = FINISH_REASONS[piece.finish], piece.stopped_by
+    # The model's own end tokens are the usual way to end, and no reason.
+    own = isinstance(stop, str) or stop in call.stop_ids
     return {
         "finish_reason": "tool_calls" if called and reason == "stop" else reason,
-        "stop_reason": piece.stopped_by,
+        "stop_reason": stop if own else None,
         "fettle": {"finish": piece.finish.value},
     }
 

@@ -214,15 +214,16 @@ def test_an_empty_answer(router):
 
 @pytest.mark.parametrize("finish", Finish)
 def test_every_finish_has_a_word_of_openai(router, finish: Finish):
-    told = text_shapes.finish_fields(Piece(0, finish=finish))
+    told = text_shapes.finish_fields(Piece(0, finish=finish), call_of(router))
     assert told["finish_reason"] in ("stop", "length")
     assert told["fettle"] == {"finish": finish.value}
     assert (told["finish_reason"] == "stop") == (finish is Finish.STOP or "early" in finish or "escalated" in finish)
 
 
-def test_what_stopped_a_text_is_told():
-    assert text_shapes.finish_fields(Piece(0, finish=Finish.STOP, stopped_by="END"))["stop_reason"] == "END"
-    assert text_shapes.finish_fields(Piece(0, finish=Finish.STOP, stopped_by=7))["stop_reason"] == 7
+@pytest.mark.parametrize(("stopped_by", "told"), [("END", "END"), (7, 7), (IM_END, None), (None, None)])
+def test_what_stopped_a_text_is_told_unless_it_is_the_models_own_end(router, stopped_by, told):
+    call = call_of(router, stop_ids=frozenset({7}))
+    assert text_shapes.finish_fields(Piece(0, finish=Finish.STOP, stopped_by=stopped_by), call)["stop_reason"] == told
 
 
 # Around the choices.
