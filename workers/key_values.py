@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime as ort
 
+from fettle.errors import EngineError
 from fettle.manifest import DecoderSpec
 
 # Of a cache line, which is also the widest vector.
@@ -47,15 +48,17 @@ class KeyValues:
         self._blocks: dict[str, Block] = {}
 
     def resize(self, slots: int, context: int) -> None:
-        """What both the old and the new shape hold is kept. One layer at a time has its memory twice."""
-        kept_slots, kept = min(slots, self.slots), min(context, self.context)
-        heads = self._spec.kv_heads
-        for name in self.names:
-            block = self._memory.block(slots * heads * context * self._spec.head_dim)
-            for row in range(kept_slots * heads) if kept else ():
-                old = self._blocks[name].address + self._bytes(row * self.context)
-                self._memory.move(old, block.address + self._bytes(row * context), kept * self._spec.head_dim)
-            self._blocks[name] = block
+        """What both the old and the new shape hold is kept. One layer at a time has its memory twice.
+
+        Raises:
+            EngineError: there is not so much memory; nothing is kept then.
+        """
+        try:
+            for name in self.names:
+                self._blocks[name] = self._resized(name, slots, context)
+        except (MemoryError, RuntimeError) as error:
+            self.free()
+            raise EngineError(f"no memory for {slots} slots of {context} tokens") from error
         self.slots, self.context = slots, context
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -76,6 +79,15 @@ class KeyValues:
     def free(self) -> None:
         self._blocks.clear()
         self.slots = self.context = 0
+
+    def _resized(self, name: str, slots: int, context: int) -> Block:
+        heads, size = self._spec.kv_heads, self._spec.head_dim
+        block = self._memory.block(slots * heads * context * size)
+        kept = min(context, self.context)
+        for row in range(min(slots, self.slots) * heads if kept else 0):
+            old = self._blocks[name].address + self._bytes(row * self.context)
+            self._memory.move(old, block.address + self._bytes(row * context), kept * size)
+        return block
 
     def _address(self, name: str, slot: int, head: int) -> int:
         return self._blocks[name].address + self._bytes((slot * self._spec.kv_heads + head) * self.context)

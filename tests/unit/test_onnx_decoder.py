@@ -138,6 +138,15 @@ def test_less_room_keeps_what_it_still_holds(directory, runner):
         step(runner, [1, 1, 1], [10, 3, 3])
 
 
+def test_room_that_there_is_not_is_an_error_and_the_next_may_fit(directory, runner):
+    with pytest.raises(EngineError, match=f"no memory for 1000000000000 slots of {CONTEXT} tokens"):
+        runner.allocate(10**12, CONTEXT)
+    assert (runner.slots, runner.context) == (0, 0)
+    runner.allocate(1, 8)
+    runner.feed(0, text(7), 0, 0)
+    assert np.array_equal(step(runner, [3], [7])[0], alone(directory, text(7), 3))
+
+
 def test_what_was_fed_before_is_overwritten(directory, runner):
     runner.feed(0, text(30, seed=3), 0, 0)
     ids = text(12)
