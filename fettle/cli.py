@@ -71,7 +71,20 @@ def optimize(
     text_column: Annotated[str | None, typer.Option(help="The column with the text.  [default: text]")] = None,
     pair_column: Annotated[str | None, typer.Option(help="The column with the second text of a pair.")] = None,
     label_column: Annotated[str | None, typer.Option(help="The column with the label.  [default: label]")] = None,
-    task: Annotated[str | None, typer.Option(help="classify or embed; read from the model by default.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="classify, embed or generate; read from the model by default.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="For text: what the model is asked, with {text} or another column in it.")
+    ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="For text: what of it is compared: text (all of it), labels (one of the data's), pattern=REGEX or "
+            "function=module:name.  [default: text]"
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="For text: tokens of a generated text, at most.")] = 64,
     name: Annotated[str | None, typer.Option(help="The family's name; the model's last path part by default.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Build only this variant; may be repeated.")] = None,
     effort: Annotated[str, typer.Option(help="quick (minutes), standard (about an hour) or thorough.")] = "quick",
@@ -98,6 +111,9 @@ def optimize(
     A run that was interrupted goes on where it stopped when you give the same command again.
 
     Example: `fettle optimize ./my-classifier --data texts.jsonl --out ./family`
+
+    A language model is asked the rows' texts, or what --prompt makes of them:
+    `fettle optimize ./my-model --data texts.jsonl --prompt "Which topic?\\n{text}" --answer labels --out ./family`
     """
     given = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     from fettle.config import OptimizeConfig
@@ -121,6 +137,9 @@ def optimize(
         cosine_floor=cosine_floor,
         threads=threads,
         max_rows=max_rows,
+        prompt=prompt,
+        answer=answer,
+        max_tokens=max_tokens,
         remeasure=remeasure,
         seed=seed,
     )

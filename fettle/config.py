@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from fettle.manifest import Identifier, TaskKind
 
 Device = Literal["cpu", "cuda"]
+ANSWER = r"^(text|labels|pattern=.+|function=[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"
 
 
 class Settings(BaseModel):
@@ -73,6 +74,14 @@ class OptimizeConfig(Settings):
     )
     threads: int = Field(default=1, ge=1, description="threads of one engine while measuring, as it will be served")
     max_rows: int = Field(default=4000, ge=16, description="rows of `test` that figures are reported on")
+    prompt: str | None = Field(
+        default=None, description="for text: what the model is asked, with {text} or another column where it goes"
+    )
+    answer: Annotated[str, StringConstraints(pattern=ANSWER)] | None = Field(
+        default=None,
+        description="for text: what of it is compared: text, labels, pattern=REGEX or function=module:name",
+    )
+    max_tokens: int = Field(default=64, ge=1, description="for text: tokens of a generated text, at most")
     remeasure: bool = Field(default=False, description="measure again what was measured, e.g. on a busy machine")
     seed: int = 0
 

@@ -136,6 +136,22 @@ class LatencyTable(Strict):
     cells: list[LatencyCell] = Field(min_length=1)
 
 
+class TextQuality(Strict):
+    """How a text generator's greedy texts of at most `max_tokens` tokens compare with the reference's, row by row.
+
+    `token_agreement`: share of the reference's tokens, end tokens included, that come before the first difference.
+    `perplexity` is that of the data's own prompts and answers, token by token, over `perplexity_tokens` of them.
+    """
+
+    max_tokens: int = Field(ge=1)
+    tokens: float = Field(ge=0, description="drawn for a text, on average")
+    token_agreement: float = Field(ge=0, le=1)
+    identical_texts: float = Field(ge=0, le=1)
+    perplexity: float = Field(ge=1)
+    reference_perplexity: float = Field(ge=1)
+    perplexity_tokens: int = Field(ge=1)
+
+
 class Quality(Strict):
     """How the variant's answers compare with the reference's on `rows` rows that nothing was tuned on.
 
@@ -152,6 +168,7 @@ class Quality(Strict):
     metric_name: str | None = None
     metric: float | None = None
     reference_metric: float | None = None
+    text: TextQuality | None = Field(default=None, description="of a text generator")
 
 
 class DecoderSpec(Strict):
@@ -211,6 +228,12 @@ class Measurements(Strict):
     )
     stage_cpu_ms: list[float] = Field(
         default=[], description="the same for each stage alone, where there are several; they add up to `row_cpu_ms`"
+    )
+    prompt_token_cpu_ms: float | None = Field(
+        default=None, ge=0, description="of a text generator with full slots: processor time for a token of a prompt"
+    )
+    decode_token_cpu_ms: float | None = Field(
+        default=None, ge=0, description="the same for each token that is drawn after a text's first"
     )
     peak_memory_bytes: int = Field(ge=0, description="resident memory of a process that runs this variant alone")
     load_seconds: float = Field(ge=0)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fettle.errors import FamilyError, PassError, first_line
 from fettle.family import (
@@ -20,17 +21,31 @@ from fettle.family import (
     variant_directory,
     write_manifest,
 )
-from fettle.manifest import NotBuilt, PassRecord, Resources, VariantManifest
+from fettle.manifest import Measurements, NotBuilt, PassRecord, Resources, VariantManifest
 from fettle.store import new_directory
 from optimize import measure, train
-from optimize.recipes import Bench, Pass, Recipe
+from optimize.recipes import Bench, Pass, Plan, Recipe
 from optimize.train import Student
 from optimize.workspace import Work, fingerprint_of
+
+if TYPE_CHECKING:
+    from optimize.load import Reference
 
 # The original in torch takes several times as long as anything made from it.
 MEASURE_SECONDS, MEASURE_REFERENCE_SECONDS = 25.0, 100.0
 # No later step can succeed where one of these stopped an earlier one.
 FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class Taught(Protocol):
+    """A student: its model as a scorer, what it was made from, and by which passes."""
+
+    @property
+    def scorer(self) -> Any: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def passes(self) -> list[PassRecord]: ...
 
 
 @dataclass
@@ -78,12 +93,12 @@ class Builder:
             return found
         with work.progress.step(step) as report, new_directory(directory) as new:
             bench = Bench(
-                reference=work.reference if student is None else replace(work.reference, model=student.scorer),
+                reference=work.reference if student is None else self.taught(student),
                 directory=new,
                 parent=None if parent is None else variant_directory(work.config.out, parent.id),
                 sample=work.sample,
                 calibration=lambda: work.calibration_rows,
-                multi_exit=None if student is None else student.multi_exit,
+                multi_exit=student.multi_exit if isinstance(student, Student) else None,
             )
             records = [] if student is None else list(student.passes)
             for index, item in enumerate(recipe.passes):
@@ -99,6 +114,7 @@ class Builder:
                 task=work.reference.task,
                 files=record_files(new),
                 stages=bench.stages,
+                decoder=bench.reference.decoder,
                 row_by_row=recipe.row_by_row,
                 fingerprint=fingerprint,
                 resources=Resources(cpus=work.config.threads),
@@ -107,16 +123,43 @@ class Builder:
             write_manifest(new / MANIFEST_FILE, manifest)
         return manifest
 
-    def _student(self, recipe: Recipe) -> Student | None:
+    # What is different for text: `optimize.text_build`.
+
+    def teach(self, plan: Plan) -> Taught:
+        """A student made as the plan says."""
+        return train.make_student(self.work, plan)
+
+    def taught(self, student: Taught) -> Reference:
+        """The reference with the student in its place."""
+        return replace(self.work.reference, model=student.scorer)
+
+    def exam_parts(self) -> dict[str, object]:
+        """What measurements depend on beside the variant and the machine; plain JSON."""
+        work = self.work
+        return {
+            "splits": {name: work.splits[name].sha256 for name in ("test", "validation") if work.has(name)},
+            "max_rows": work.config.max_rows,
+            "cosine_floor": work.config.cosine_floor,
+        }
+
+    def measured(self, manifest: VariantManifest, fingerprint: str, report: measure.Report) -> Measurements:
+        """Try the variant on what the run has of rows."""
+        # The search has nothing to learn from how the reference answers its own tuning rows.
+        exam = self.work.exam if manifest.parent is not None else replace(self.work.exam, tuning_rows=[])
+        return measure.measure(variant_directory(self.work.config.out, manifest.id), exam, fingerprint, report)
+
+    # Steps.
+
+    def _student(self, recipe: Recipe) -> Taught | None:
         if recipe.plan is None:
             return None
         missing = [name for name in recipe.needs if not self.work.has(name)]
         if missing:
             raise PassError(f"the data have no {missing[0]} split, which training needs; give --{missing[0]} or --data")
         with contained(f"train {recipe.plan.id}"):
-            return train.make_student(self.work, recipe.plan)
+            return self.teach(recipe.plan)
 
-    def _fingerprint(self, recipe: Recipe, parent: VariantManifest | None, student: Student | None) -> str:
+    def _fingerprint(self, recipe: Recipe, parent: VariantManifest | None, student: Taught | None) -> str:
         return self.work.fingerprint_of(
             recipe=[recipe.id, [[step.name, step.parameters] for step in recipe.passes]],
             parent=parent.fingerprint if parent else None,
@@ -128,21 +171,17 @@ class Builder:
         step, directory = measure_step(manifest.id), variant_directory(work.config.out, manifest.id)
         fingerprint = fingerprint_of(
             variant=manifest.fingerprint,
-            splits={name: work.splits[name].sha256 for name in ("test", "validation") if work.has(name)},
-            max_rows=work.config.max_rows,
             seed=work.config.seed,
             threads=work.config.threads,
-            cosine_floor=work.config.cosine_floor,
+            **self.exam_parts(),
             hardware=work.hardware.model_dump(mode="json"),
         )
         done = manifest.measured is not None and manifest.measured.fingerprint == fingerprint
         if done and not work.config.remeasure:
             work.progress.skip(step, "already done")
             return manifest
-        # The search has nothing to learn from how the reference answers its own tuning rows.
-        exam = work.exam if manifest.parent is not None else replace(work.exam, tuning_rows=[])
         with work.progress.step(step) as report:
-            found = measure.measure(directory, exam, fingerprint, report)
+            found = self.measured(manifest, fingerprint, report)
         resources = Resources(cpus=work.config.threads, memory_bytes=found.peak_memory_bytes)
         manifest = manifest.model_copy(update={"measured": found, "resources": resources})
         write_manifest(directory / MANIFEST_FILE, manifest)

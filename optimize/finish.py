@@ -67,6 +67,9 @@ OPTIONS = {
     "cosine_floor": "cosine-floor",
     "threads": "threads",
     "max_rows": "max-rows",
+    "prompt": "prompt",
+    "answer": "answer",
+    "max_tokens": "max-tokens",
     "seed": "seed",
 }
 CERTIFY, TRY_POINTS = "search and certify operating points", "try the operating points on test"

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle.errors import ModelError, first_line
-from fettle.manifest import Head, Source, Task, TaskKind, TokenizerSpec
+from fettle.manifest import DecoderSpec, Head, Source, Task, TaskKind, TokenizerSpec
 from optimize.source import (
     check_complete,
     check_vocabulary,
@@ -62,6 +62,7 @@ class Reference:
     tokenizer_json: bytes
     source: Source
     notes: dict[str, JsonValue] = field(default_factory=dict)
+    decoder: DecoderSpec | None = None
 
     @property
     def layers(self) -> int:
@@ -122,6 +123,16 @@ def load_reference(source: str, *, task: TaskKind | None = None) -> Reference:
         source=Source(name=source, architecture=architecture, sha256=fingerprint(root)),
         notes=notes,
     )
+
+
+def task_kind(source: str, task: TaskKind | None = None) -> TaskKind:
+    """What a model is for, from its configuration alone.
+
+    Raises:
+        ModelError: as for `load_reference`.
+    """
+    layout = _layout(located(source))
+    return _kind(read_config(layout.directory), layout, task)
 
 
 # What the files say about the task.

@@ -16,7 +16,7 @@ from pathlib import Path
 from fettle.config import OptimizeConfig
 from fettle.errors import PassError, UsageError
 from fettle.family import MANIFEST_FILE, TOKENIZER_FILE, Family, variant_directory
-from fettle.manifest import Analysis, NotBuilt
+from fettle.manifest import Analysis, NotBuilt, TaskKind
 from fettle.store import locked, remove_leftovers, write_atomic
 from optimize import finish, recipes, search, train
 from optimize.build import (
@@ -29,7 +29,7 @@ from optimize.build import (
     measure_step,
 )
 from optimize.data import load_splits
-from optimize.load import Reference, load_reference
+from optimize.load import Reference, load_reference, task_kind
 from optimize.progress import Progress
 from optimize.recipes import Recipe
 from optimize.report import write_report
@@ -55,23 +55,38 @@ def run(config: OptimizeConfig, progress: Progress) -> Family:
         remove_leftovers(config.out)
         finish.restore_dropped(config.out)
         progress.plan(EXPECTED_SECONDS)
+        if task_kind(config.model, config.task) is TaskKind.GENERATE:
+            # A circle otherwise.
+            from optimize.text_pipeline import run_texts
+
+            return run_texts(config, progress, lambda: time.monotonic() - started)
+        _check_no_text_options(config)
         with progress.step(READ):
             splits = load_splits(config.files, config.seed)
         for warning in splits.warnings:
             progress.warn(warning)
-        with progress.step(LOAD):
-            reference = load_reference(config.model, task=config.task)
-        for note in reference.notes.values():
-            progress.warn(str(note))
+        reference = load(config, progress)
         write_tokenizer(config, reference)
         work = Work(config, progress, reference, splits)
         builder = Builder(work)
-        notes = Search(work, builder, lambda: time.monotonic() - started).run()
+        missing = recipes.unavailable()
+        outlook = Outlook(lambda recipe: seconds_of(work, recipe), seconds_beside(work), missing)
+        notes = Search(work, builder, lambda: time.monotonic() - started, outlook).run()
         analysis = _analysis(work, builder, notes)
         findings = finish.find_points(work, builder.built, analysis)
-        family = finish.write_family(work, builder.built, [*recipes_unavailable(config), *builder.not_built], findings)
+        not_built = [*wanted_of(config, missing), *builder.not_built]
+        family = finish.write_family(work, builder.built, not_built, findings)
         write_report(family)
         return family
+
+
+def load(config: OptimizeConfig, progress: Progress) -> Reference:
+    """The model that was given, with what was assumed about it said."""
+    with progress.step(LOAD):
+        reference = load_reference(config.model, task=config.task)
+    for note in reference.notes.values():
+        progress.warn(str(note))
+    return reference
 
 
 @contextmanager
@@ -85,6 +100,26 @@ def naming(directory: Path) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """First guesses of how long steps take, which real times correct as the run goes on; and what cannot be built.
+
+    `seconds`: a recipe's steps; `beside`: those that belong to none.
+    """
+
+    seconds: Callable[[Recipe], dict[str, float]]
+    beside: dict[str, float]
+    unavailable: list[NotBuilt]
+
+    def expected(self, ahead: list[Recipe], wanted: set[str] | None) -> dict[str, float]:
+        """The steps to come."""
+        steps = dict(self.beside)
+        for recipe in ahead:
+            if wanted is None or recipe.id in wanted:
+                steps.update(self.seconds(recipe))
+        return steps
+
+
 @dataclass
 class Search:
     """Tries recipe after recipe, as `optimize.search` says, until none is left or the time is."""
@@ -92,6 +127,7 @@ class Search:
     work: Work
     builder: Builder
     elapsed: Callable[[], float]
+    outlook: Outlook
 
     def run(self) -> list[str]:
         """Returns what was decided, in words.
@@ -108,7 +144,7 @@ class Search:
                 state.closed.add(recipe.id)
                 continue
             ahead = search.outlook(state)
-            self.work.progress.plan(expected_seconds(self.work, ahead, wanted))
+            self.work.progress.plan(self.outlook.expected(ahead, wanted))
             if self._too_late(recipe):
                 self.builder.give_up(recipe.id, "the time budget does not allow it", build_step(recipe.id))
                 state.closed.add(recipe.id)
@@ -127,14 +163,14 @@ class Search:
         if (variant_directory(self.work.config.out, recipe.id) / MANIFEST_FILE).exists():
             # Built by an earlier run: what is still missing of it costs little.
             return False
-        return self.elapsed() + sum(seconds_of(self.work, recipe).values()) + CERTIFYING_SECONDS > budget * 60
+        return self.elapsed() + sum(self.outlook.seconds(recipe).values()) + CERTIFYING_SECONDS > budget * 60
 
     def _wanted(self, state: State) -> set[str] | None:
         """The recipes asked for and what they are made from; None for all."""
         if self.work.config.recipes is None:
             return None
         catalogue = {recipe.id: recipe for recipe in search.outlook(state)}
-        unavailable = {item.id for item in recipes.unavailable()}
+        unavailable = {item.id for item in self.outlook.unavailable}
         unknown = sorted(set(self.work.config.recipes) - set(catalogue) - unavailable)
         if unknown:
             raise UsageError(
@@ -160,16 +196,13 @@ def facts_of(work: Work) -> Facts:
     )
 
 
-def expected_seconds(work: Work, ahead: list[Recipe], wanted: set[str] | None) -> dict[str, float]:
-    """A first guess of the steps to come; real times correct it as the run goes on."""
+def seconds_beside(work: Work) -> dict[str, float]:
+    """Of the steps that belong to no recipe."""
     steps = {
         answers_step(split): len(work.order(split)) / ANSWERED_PER_SECOND
         for split in ("test", "validation", "calibration")
         if work.has(split)
     }
-    for recipe in ahead:
-        if wanted is None or recipe.id in wanted:
-            steps.update(seconds_of(work, recipe))
     if work.has("validation", "calibration"):
         steps.update({finish.CERTIFY: CERTIFYING_SECONDS, finish.TRY_POINTS: CERTIFYING_SECONDS})
     return steps
@@ -183,9 +216,9 @@ def seconds_of(work: Work, recipe: Recipe) -> dict[str, float]:
     return steps
 
 
-def recipes_unavailable(config: OptimizeConfig) -> list[NotBuilt]:
-    wanted = config.recipes
-    return [item for item in recipes.unavailable() if wanted is None or item.id in wanted]
+def wanted_of(config: OptimizeConfig, items: list[NotBuilt]) -> list[NotBuilt]:
+    """Those of what cannot be built here that were asked for."""
+    return [item for item in items if config.recipes is None or item.id in config.recipes]
 
 
 def _analysis(work: Work, builder: Builder, notes: list[str]) -> Analysis:
@@ -202,6 +235,12 @@ def _analysis(work: Work, builder: Builder, notes: list[str]) -> Analysis:
         except PassError as error:
             work.progress.fail(train.ANALYSIS, error.message)
     return known.model_copy(update={"notes": notes, "top10_overlap": overlaps})
+
+
+def _check_no_text_options(config: OptimizeConfig) -> None:
+    for name in ("prompt", "answer"):
+        if getattr(config, name) is not None:
+            raise UsageError(f"--{name} is for models that generate text, and this one does not", param=name)
 
 
 def write_tokenizer(config: OptimizeConfig, reference: Reference) -> None:

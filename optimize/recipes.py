@@ -119,11 +119,11 @@ class Recipe:
 
 
 def reference_recipe() -> Recipe:
-    return Recipe(REFERENCE, Runtime.TORCH, Precision.FP32, (_checkpoint("float32"),), parent=None)
+    return Recipe(REFERENCE, Runtime.TORCH, Precision.FP32, (checkpoint("float32"),), parent=None)
 
 
 def bfloat16_recipe() -> Recipe:
-    return Recipe("torch-bf16", Runtime.TORCH, Precision.BF16, (_checkpoint("bfloat16"),))
+    return Recipe("torch-bf16", Runtime.TORCH, Precision.BF16, (checkpoint("bfloat16"),))
 
 
 def onnx_recipe() -> Recipe:
@@ -131,7 +131,7 @@ def onnx_recipe() -> Recipe:
 
 
 def trimmed_recipe() -> Recipe:
-    return Recipe(TRIMMED, Runtime.ONNX, Precision.FP32, (_from_parent(TRIM, required=True),), parent=ONNX_REFERENCE)
+    return Recipe(TRIMMED, Runtime.ONNX, Precision.FP32, (from_parent(TRIM, required=True),), parent=ONNX_REFERENCE)
 
 
 def quantized_recipe(scheme: Scheme, parent: str) -> Recipe:
@@ -140,7 +140,7 @@ def quantized_recipe(scheme: Scheme, parent: str) -> Recipe:
         names.get(scheme, f"onnx-int8-{scheme.value}"),
         Runtime.ONNX,
         Precision.INT4 if scheme is Scheme.WEIGHTS4 else Precision.INT8,
-        (_from_parent(quantize(scheme)),),
+        (from_parent(quantize(scheme)),),
         parent=parent,
     )
 
@@ -148,7 +148,7 @@ def quantized_recipe(scheme: Scheme, parent: str) -> Recipe:
 def small_recipe(scheme: Scheme) -> Recipe:
     """A quantized variant whose embedding tables are quantized as well: most of what is left of its size."""
     parent = quantized_recipe(scheme, ONNX_REFERENCE).id
-    return Recipe(f"{parent}-small", Runtime.ONNX, Precision.INT8, (_from_parent(EMBEDDINGS),), parent=parent)
+    return Recipe(f"{parent}-small", Runtime.ONNX, Precision.INT8, (from_parent(EMBEDDINGS),), parent=parent)
 
 
 def student_recipe(plan: Plan, scheme: Scheme) -> Recipe:
@@ -187,7 +187,9 @@ def unavailable() -> list[NotBuilt]:
 # Passes. Each reads and writes `model.onnx` of the bench's directory, unless it makes it.
 
 
-def _checkpoint(dtype: str) -> Pass:
+def checkpoint(dtype: str) -> Pass:
+    """The weights in this type of torch's."""
+
     def apply(bench: Bench) -> Notes:
         import torch
 
@@ -214,13 +216,13 @@ def _export_stages(bench: Bench) -> Notes:
 def _fuse(bench: Bench) -> Notes:
     from optimize.fuse import fuse
 
-    return _rewritten(bench, lambda old, new: fuse(old, new, bench.sample, bench.reference.tokenizer))
+    return rewritten(bench, lambda old, new: fuse(old, new, bench.sample, bench.reference.tokenizer))
 
 
 def _trim(bench: Bench) -> Notes:
     from optimize.first_token import first_token
 
-    return _rewritten(bench, lambda old, new: first_token(old, new, bench.sample, bench.reference.tokenizer))
+    return rewritten(bench, lambda old, new: first_token(old, new, bench.sample, bench.reference.tokenizer))
 
 
 def _split(bench: Bench) -> Notes:
@@ -235,7 +237,7 @@ def _split(bench: Bench) -> Notes:
 
 def quantize(scheme: Scheme) -> Pass:
     def apply(bench: Bench) -> Notes:
-        return _rewritten(bench, lambda old, new: _quantized(scheme, old, new, bench))
+        return rewritten(bench, lambda old, new: _quantized(scheme, old, new, bench))
 
     return Pass("quantize", apply, {"scheme": scheme.value}, expected_seconds=4 if scheme is Scheme.DYNAMIC else 25)
 
@@ -243,7 +245,7 @@ def quantize(scheme: Scheme) -> Pass:
 def _small_embeddings(bench: Bench) -> Notes:
     from optimize.quantize_weights import quantize_embeddings_int8
 
-    return _rewritten(bench, quantize_embeddings_int8)
+    return rewritten(bench, quantize_embeddings_int8)
 
 
 def _quantized(scheme: Scheme, old: Path, new: Path, bench: Bench) -> Notes:
@@ -270,7 +272,7 @@ EMBEDDINGS = Pass("quantize-embeddings", _small_embeddings, expected_seconds=2)
 SPLIT = Pass("split", _split, expected_seconds=1)
 
 
-def _from_parent(step: Pass, *, required: bool = False) -> Pass:
+def from_parent(step: Pass, *, required: bool = False) -> Pass:
     """The pass on the parent's graph. `required`: a pass that changes nothing makes no variant of its own."""
 
     def apply(bench: Bench) -> Notes:
@@ -286,7 +288,7 @@ def _from_parent(step: Pass, *, required: bool = False) -> Pass:
     return Pass(step.name, apply, step.parameters, step.expected_seconds)
 
 
-def _rewritten(bench: Bench, rewrite: Callable[[Path, Path], Notes]) -> Notes:
+def rewritten(bench: Bench, rewrite: Callable[[Path, Path], Notes]) -> Notes:
     """Replace the graph of the bench by a rewritten one."""
     graph = bench.directory / ONNX_FILE
     old = graph.replace(bench.directory / f"old-{ONNX_FILE}")

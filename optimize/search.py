@@ -96,6 +96,12 @@ class State:
 
 def agenda(state: State) -> Iterator[Recipe]:
     """All recipes in the order of trying; parents before children, cheap ones before dear ones."""
+    if state.facts.task.kind is TaskKind.GENERATE:
+        # A circle otherwise.
+        from optimize.text_recipes import text_agenda
+
+        yield from text_agenda(state)
+        return
     yield reference_recipe()
     yield onnx_recipe()
     yield bfloat16_recipe()

@@ -16,7 +16,7 @@ from rich.console import Console
 from fettle.answers import Floats
 from fettle.config import DataFiles, OptimizeConfig
 from fettle.family import Family
-from fettle.manifest import Analysis, Precision, Runtime, Source, Task, TokenizerSpec
+from fettle.manifest import Analysis, Precision, Runtime, Source, Task, TaskKind, TokenizerSpec
 from fettle.rows import Row
 from fettle.store import sha256_bytes
 from optimize import hardware, measure, pipeline, recipes, search, train, trial
@@ -38,6 +38,7 @@ class FakeReference:
         default_factory=lambda: Source(name="fake", architecture="Fake", sha256=sha256_bytes(b"fake"))
     )
     notes: dict[str, JsonValue] = field(default_factory=dict)
+    decoder: None = None
     layers: int = 2
     shares_layers: bool = False
 
@@ -73,6 +74,7 @@ def install(patch: pytest.MonkeyPatch, plan: Sequence[Recipe], *, in_process: bo
     `in_process`: variants are tried here, not in processes, and cost what their parameters say, so that which one is
     dominated does not depend on the machine.
     """
+    patch.setattr(pipeline, "task_kind", lambda source, task=None: TaskKind.CLASSIFY)
     patch.setattr(pipeline, "load_reference", lambda source, task=None: FakeReference())
     patch.setattr(search, "agenda", lambda state: iter(plan))
     patch.setattr(train, "analyse", lambda work: Analysis(layer_influence=[0.2, 0.1]))

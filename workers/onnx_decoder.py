@@ -96,7 +96,10 @@ class GraphRunner:
         found = []
         for at, end in zip([0, *ends], ends, strict=False):
             wanted = np.arange(max(0, len(ids) - logits - at), end - at)
-            found.append(self._run(slot, ids[None, at:end], np.array([start + end - 1], np.int32), wanted))
+            # ONNX Runtime's reductions give no rows a wrong shape, so one at least is asked for.
+            asked = wanted if len(wanted) else np.array([end - at - 1])
+            rows = self._run(slot, ids[None, at:end], np.array([start + end - 1], np.int32), asked)
+            found.append(rows[: len(wanted)])
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def decode(self, ids: Ids, lengths: Ids) -> Floats:

@@ -273,7 +273,10 @@ def test_an_interrupt_exits_with_130(tmp_path: Path, data: Path, monkeypatch: py
 def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     """While the data are read, which a pipe that never ends makes last."""
     os.mkfifo(tmp_path / "data.jsonl")
-    command = ["optimize", "m", "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out")]
+    (tmp_path / "m").mkdir()
+    config = '{"model_type": "bert", "architectures": ["BertForSequenceClassification"]}'
+    (tmp_path / "m/config.json").write_text(config)
+    command = ["optimize", str(tmp_path / "m"), "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-m", "fettle.cli", *command],
         stderr=subprocess.PIPE,

@@ -1,0 +1,101 @@
+"""`fettle optimize` for a model that generates text: from the loaded reference to the family.
+
+What `optimize.pipeline` does, with prompts for rows and greedy texts for answers. An answer is what the user's
+specification reads from a text; certificates are about it, and about texts of at most so many tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+from fettle.chat import CONFIG_FILE, TEMPLATE_FILE, Chat
+from fettle.config import OptimizeConfig
+from fettle.errors import DataError
+from fettle.family import TOKENIZER_FILE, Family
+from fettle.manifest import Analysis
+from fettle.store import write_atomic
+from optimize import finish
+from optimize.build import MEASURE_REFERENCE_SECONDS, MEASURE_SECONDS, build_step, measure_step
+from optimize.data import load_splits
+from optimize.decoder_data import Instruction, PromptReader, Prompts
+from optimize.decoder_load import DecoderReference
+from optimize.pipeline import READ, Outlook, Search, load, wanted_of, write_tokenizer
+from optimize.progress import Progress
+from optimize.recipes import Recipe
+from optimize.report import write_report
+from optimize.text_answers import answer_spec, extract_for
+from optimize.text_build import TextBuilder
+from optimize.text_recipes import text_unavailable
+from optimize.text_work import TextWork
+
+
+def run_texts(config: OptimizeConfig, progress: Progress, elapsed: Callable[[], float]) -> Family:
+    """Make the family; the caller holds its directory.
+
+    Raises: as `optimize.pipeline.run`.
+    """
+    reference = load(config, progress)
+    assert isinstance(reference, DecoderReference)
+    work = read_work(config, progress, reference)
+    write_tokenizer(config, work.reference)
+    write_chat(config, work.reference)
+    builder = TextBuilder(work)
+    missing = text_unavailable()
+    notes = Search(work, builder, elapsed, Outlook(seconds_of, {}, missing)).run()
+    findings = finish.Findings(analysis=Analysis(notes=notes))
+    not_built = [*wanted_of(config, missing), *builder.not_built]
+    family = finish.write_family(work, builder.built, not_built, findings)
+    write_report(family)
+    return family
+
+
+def read_work(config: OptimizeConfig, progress: Progress, reference: DecoderReference) -> TextWork:
+    """Read the data as prompts, and find out what their answers are.
+
+    Raises:
+        DataError, UsageError: the data or what was asked for cannot be used.
+    """
+    instruction = None if config.prompt is None else Instruction(config.prompt)
+    reader = PromptReader(None if reference.chat is None else Chat(reference.chat), instruction)
+    with progress.step(READ):
+        splits = load_splits(config.files, config.seed, reader)
+    spec = answer_spec(config.answer, splits)
+    for warning in [*splits.warnings, *filter(None, [reader.warning])]:
+        progress.warn(warning)
+    task = reference.task.model_copy(
+        update={"answer": spec, "instruction": None if instruction is None else instruction.template}
+    )
+    work = TextWork(
+        config,
+        progress,
+        replace(reference, task=task),
+        splits,
+        Prompts(reference.tokenizer_json, special=reader.special, context=reference.decoder.context),
+        extract_for(spec),
+    )
+    for name in splits.by_name:
+        if len(splits[name]) and not work.rows(name):
+            raise DataError(
+                f"no prompt of {name} leaves room for {config.max_tokens} tokens in the model's context of "
+                f"{reference.decoder.context}; lower --max-tokens or give shorter prompts"
+            )
+    return work
+
+
+def write_chat(config: OptimizeConfig, reference: DecoderReference) -> None:
+    """Beside the tokenizer, where the service looks for it; nothing where the model has no chat template."""
+    folder = (config.out / TOKENIZER_FILE).parent
+    if reference.chat is None:
+        for name in (TEMPLATE_FILE, CONFIG_FILE):
+            (folder / name).unlink(missing_ok=True)
+        return
+    write_atomic(folder / TEMPLATE_FILE, reference.chat.source.encode())
+    write_atomic(folder / CONFIG_FILE, json.dumps(reference.chat.special_tokens, indent=2, sort_keys=True).encode())
+
+
+def seconds_of(recipe: Recipe) -> dict[str, float]:
+    """A first guess."""
+    measuring = MEASURE_REFERENCE_SECONDS if recipe.parent is None else MEASURE_SECONDS
+    return {build_step(recipe.id): recipe.expected_seconds, measure_step(recipe.id): measuring}

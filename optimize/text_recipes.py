@@ -1,0 +1,80 @@
+"""How the variants of a language model are made, and in which order they are tried; `optimize.recipes` has the words.
+
+What this machine cannot build is listed as well, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fettle.errors import PassError
+from fettle.manifest import NotBuilt, Precision, Runtime
+from optimize.recipes import (
+    ONNX_FILE,
+    ONNX_REFERENCE,
+    Bench,
+    Notes,
+    Pass,
+    Recipe,
+    from_parent,
+    reference_recipe,
+    rewritten,
+)
+
+if TYPE_CHECKING:
+    from optimize.search import State
+
+CUDA_RECIPES = ("torch-bf16-cuda", "torch-int8-cuda", "torch-fp8-cuda", "torch-int4-cuda")
+INT8, INT4 = "onnx-int8", "onnx-int4"
+
+
+def text_agenda(state: State) -> Iterator[Recipe]:
+    """All recipes in the order of trying; parents before children, cheap ones before dear ones."""
+    del state
+    yield reference_recipe()
+    yield Recipe(ONNX_REFERENCE, Runtime.ONNX, Precision.FP32, (EXPORT,))
+    yield Recipe(INT8, Runtime.ONNX, Precision.INT8, (from_parent(ROWS),), parent=ONNX_REFERENCE)
+    yield Recipe(INT4, Runtime.ONNX, Precision.INT4, (from_parent(WEIGHTS4),), parent=ONNX_REFERENCE)
+
+
+def text_unavailable() -> list[NotBuilt]:
+    """Variants that this machine, or this version of Fettle, cannot build."""
+    import torch
+
+    if torch.cuda.is_available():
+        reason = "this version of Fettle builds no variants for CUDA yet"
+    else:
+        reason = "needs a CUDA device, and none is visible here"
+    zeros = "zeros in a dense weight save no time; heads, neurons and layers are removed instead"
+    return [
+        *(NotBuilt(id=name, reason=reason) for name in CUDA_RECIPES),
+        NotBuilt(id="sparse-unstructured", reason=zeros),
+        NotBuilt(id="sparse-2of4", reason=f"{zeros}; this pattern {reason}"),
+    ]
+
+
+def _export(bench: Bench) -> Notes:
+    from optimize.decoder_graph import export_decoder
+    from optimize.decoder_load import DecoderReference
+
+    if not isinstance(bench.reference, DecoderReference):
+        raise PassError("a decoder graph is made of language models alone")
+    return export_decoder(bench.reference.language, bench.directory / ONNX_FILE, bench.reference.decoder.context)
+
+
+def _rows(bench: Bench) -> Notes:
+    from optimize.quantize_rows import quantize_rows_int8
+
+    return rewritten(bench, quantize_rows_int8)
+
+
+def _weights4(bench: Bench) -> Notes:
+    from optimize.quantize_weights import quantize_weights
+
+    return rewritten(bench, lambda old, new: quantize_weights(old, new, bits=4))
+
+
+EXPORT = Pass("export", _export, expected_seconds=5)
+ROWS = Pass("quantize", _rows, {"scheme": "rows"}, expected_seconds=5)
+WEIGHTS4 = Pass("quantize", _weights4, {"scheme": "weights4"}, expected_seconds=5)
