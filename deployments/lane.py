@@ -121,12 +121,13 @@ class Lane:
         )
 
     async def generate(
-        self, work: TextWork, terms: Terms, *, admitted: bool = False
+        self, work: TextWork, terms: Terms, *, admitted: bool = False, begun: Callable[[], None] = lambda: None
     ) -> AsyncGenerator[list[Bit], None]:
         """Wait for a turn, then the work's bits. Closing the generator frees its slots within a step.
 
         Args:
             admitted: the call is under way already, at an earlier step, and is not asked again whether it fits.
+            begun: called when its turn has come.
 
         Raises:
             DeadlineError: it cannot be, or was not, answered in time.
@@ -138,6 +139,7 @@ class Lane:
         self.queue.push(turn)
         try:
             await self._wait(turn, terms)
+            begun()
             started, tokens = time.monotonic(), 0
             async with aclosing(self._whole(work, terms)) as whole:
                 async for bits in whole:

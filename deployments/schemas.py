@@ -198,6 +198,7 @@ class FamilyInfo(BaseModel):
     max_length: int
     width: int
     labels: list[str]
+    instruction: str | None = Field(description="of a text generator: what the texts that it was measured on stood in")
     variants: list[VariantInfo]
 
 

@@ -111,6 +111,7 @@ def _family_info(served: ServedFamily) -> dict[str, Any]:
         "max_length": manifest.tokenizer.max_length,
         "width": manifest.task.width,
         "labels": manifest.task.labels,
+        "instruction": manifest.task.instruction,
         "variants": [_variant_info(served, name) for name in served.batchers],
     }
 

@@ -77,7 +77,7 @@ class TextRouter:
             assert isinstance(lane, Lane)
             work = work_of(call, stretch.step, last=last)
             told.begins(stretch.step.variant, number)
-            async with aclosing(lane.generate(work, call.asked.terms, admitted=number > 0)) as attempt:
+            async with aclosing(lane.generate(work, call.asked.terms, admitted=number > 0, begun=told.turn)) as attempt:
                 if last:
                     async for bits in attempt:
                         yield bits
@@ -184,7 +184,7 @@ class _Told:
     queue_ms: float = 0.0
     infer_ms: float = 0.0
     done: bool = False
-    _begun: float = field(default_factory=time.monotonic)
+    _turn: float | None = None
     _first: bool = True
     _over: int = 0
     _tokens: int = 0
@@ -194,6 +194,12 @@ class _Told:
 
     def begins(self, variant: str, step: int) -> None:
         self.variant, self.step = variant, step
+
+    def turn(self) -> None:
+        """A replica has it; what comes later, such as another step's queue, counts as inference."""
+        if self._turn is None:
+            self._turn = time.monotonic()
+            self.queue_ms = max(0.0, (self._turn - self.call.asked.terms.arrived) * 1000)
 
     def gives_up(self, attempt: Sequence[Bit]) -> None:
         """An attempt that is not taken was paid for all the same."""
@@ -236,8 +242,6 @@ class _Told:
             self._first = False
 
     def _answering(self) -> Answering:
-        now = time.monotonic()
-        self.queue_ms = (self._begun - self.call.asked.terms.arrived) * 1000
         asked = self.call.asked
         return Answering(
             variants=(self.variant,),
@@ -245,11 +249,12 @@ class _Told:
             bound=self.way.bound,
             gear=self.gear,
             degraded=asked.degraded and self.way.alpha > asked.quality.tolerance,
-            queue_ms=max(0.0, self.queue_ms) if now else 0.0,
+            queue_ms=self.queue_ms,
         )
 
     def _spent(self) -> Spent:
-        self.infer_ms, self.done = (time.monotonic() - self._begun) * 1000, True
+        assert self._turn is not None
+        self.infer_ms, self.done = (time.monotonic() - self._turn) * 1000, True
         return Spent(
             self._tokens,
             self._cached,

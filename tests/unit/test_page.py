@@ -31,6 +31,7 @@ ALPHAS = (0.005, 0.01, 0.02, 0.05)
 POINTS = [f"within-{alpha:g}" for alpha in ALPHAS]
 REFERENCE = "onnx-fp32"
 SMALL = "distilled-3-exits-int8"
+CHAT = "v1/chat/completions"
 
 
 class Page(HTMLParser):
@@ -184,7 +185,7 @@ def stats(*names: str, seconds: int = 60, requests: int = 40, hostile: bool = Fa
         gauges = [
             FamilyGauges(
                 name,
-                "embed" if "vector" in name else "classify",
+                "embed" if "vector" in name else "generate" if "writer" in name else "classify",
                 REFERENCE,
                 100.0,
                 [ClassGauges(*one, min(second // 20, len(one[2]) - 1), pressure) for one in classes],
@@ -218,7 +219,7 @@ const replies = %s;
 window.fetch = async (path) => {
   const reply = replies[path];
   if (!reply) throw new TypeError("Failed to fetch");
-  return new Response(JSON.stringify(reply.body), {status: reply.status});
+  return new Response(reply.text ?? JSON.stringify(reply.body), {status: reply.status});
 };
 </script>
 <script>"""
@@ -235,6 +236,7 @@ frame.onload = async () => {
   await wait(1500);
   const page = frame.contentDocument;
   page.getElementById("text").value = "a text";
+  page.getElementById("stream").checked = %s;
   if (!page.getElementById("page").hidden) page.getElementById("try-form").requestSubmit();
   page.getElementById("traffic-chart").dispatchEvent(new KeyboardEvent("keydown", {key: "PageUp"}));
   await wait(1500);
@@ -255,7 +257,11 @@ frame.onload = async () => {
   found.images = page.querySelectorAll("img").length;
   found.hidden = [...page.querySelectorAll("[hidden]")].map((one) => one.id);
   const text = (id) => page.getElementById(id).textContent;
-  for (const id of ["state", "result", "answers", "quality-what", "points", "traffic-when", "title"])
+  found.placeholder = page.getElementById("text").placeholder;
+  found.heads = [...page.querySelectorAll("#copies-rows td")].map((one) => one.dataset.label);
+  found.parts = [...page.querySelectorAll("#parts h3")].map((one) => one.textContent);
+  const said = ["state", "result", "answers", "quality-what", "points", "traffic-when", "title", "about"];
+  for (const id of [...said, "places-what", "try-button"])
     found[id] = text(id);
   document.querySelector("pre").textContent = JSON.stringify(found);
   frame.remove();
@@ -263,10 +269,10 @@ frame.onload = async () => {
 </script>"""
 
 
-def look(tmp_path: Path, replies: dict, width: int = 1280) -> dict:
+def look(tmp_path: Path, replies: dict, width: int = 1280, *, stream: bool = True) -> dict:
     shown = PAGE.replace("<script>", STUB % json.dumps(replies).replace("<", "\\u003c"))
     file = tmp_path / "look.html"
-    file.write_text(LOOK % (width, html.escape(shown)), encoding="utf-8")
+    file.write_text(LOOK % (width, html.escape(shown), json.dumps(stream)), encoding="utf-8")
     arguments = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     size = [f"--window-size={width + 40},2000", "--virtual-time-budget=8000", "--dump-dom", file.as_uri()]
     done = subprocess.run([str(CHROMIUM), *arguments, *size], capture_output=True, text=True, timeout=90, check=True)
@@ -390,3 +396,87 @@ def test_a_service_that_is_gone_or_wants_a_key(tmp_path: Path):
     old = stats("sections")
     found = look(tmp_path, {"stats": good({**old, "at": old["at"] + 60})})
     assert "monitor has not been heard for 60 seconds" in found["state"]
+
+
+# Text
+
+
+QUESTION = "Which section?\n{text}"
+WRITERS = {"families": [{"name": "writer", "labels": [], "instruction": QUESTION}]}
+ATTEMPT = {"variant": SMALL, "tokens": 3, "finish": ["escalated"], "score": [0.41], "taken": False}
+TIMES = {"tokenize_ms": 0.2, "queue_ms": 1.2, "infer_ms": 11.0}
+
+
+def told_of(**more: object) -> dict:
+    return {"point": POINTS[1], "variant": REFERENCE, "bound": 0.0097, "degraded": False, **TIMES, **more}
+
+
+def chat(text: str = "python", finish: str = "stop") -> dict:
+    """A whole reply, as the page asks for it, of a second attempt."""
+    told = told_of(explain={"attempts": [ATTEMPT], "variant": REFERENCE})
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    choice["fettle"] = {"finish": finish}
+    return {"choices": [choice], "usage": {"completion_tokens": 2}, "fettle": told}
+
+
+def chunks(*pieces: str, finish: str = "early_end") -> str:
+    """The events of a stream."""
+    end = {"index": 0, "delta": {}, "finish_reason": "stop", "fettle": {"finish": finish}}
+    choices = [{"index": 0, "delta": {"content": piece}, "finish_reason": None} for piece in pieces] + [end]
+    events: list[dict] = [{"choices": [choice], "usage": None} for choice in choices]
+    events.append({"choices": [], "usage": {"completion_tokens": len(pieces)}, "fettle": told_of()})
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_family_that_writes(tmp_path: Path, width: int):
+    streamed = {"status": 200, "text": chunks("pyt", "hon ", HOSTILE)}
+    found = look(tmp_path, {"stats": good(stats("writer")), "info": good(WRITERS), CHAT: streamed}, width)
+    assert (found["overflow"], found["overlaps"], found["images"]) == ([], [], 0)
+    assert found["about"].startswith("Writes texts")
+    assert found["parts"] == ["Queue", "Writing", "Total"]
+    assert "exit" not in found["places-what"]
+    assert "texts at a time" in found["heads"]
+    assert "texts a batch" not in found["heads"]
+    assert found["placeholder"] == QUESTION
+    assert found["try-button"] == "Write in every class"
+    answers = found["answers"]
+    assert answers.count(f"python {HOSTILE}") == 6
+    assert answers.count("The same text as the original’s.") == 5
+    assert answers.count("3 tokens, ended early: the end was near") == 6
+    assert answers.count("to the first piece") == 6
+    assert f"{REFERENCE}: answers" in answers
+    assert "certified to differ in at most 0.97 %" in answers
+    assert "12 ms in the service" in answers
+
+
+@needs_chromium
+def test_a_text_that_is_shown_when_it_is_whole(tmp_path: Path):
+    replies = {"stats": good(stats("writer")), "info": good(WRITERS), CHAT: good(chat("net", "length"))}
+    answers = look(tmp_path, replies, stream=False)["answers"]
+    assert answers.count("net") == 6
+    assert (
+        f"{SMALL}: not sure enough3 tokens, score 0.41{REFERENCE}: has the last word2 tokens, cut at the limit"
+        in answers
+    )
+    assert "to the first piece" not in answers
+
+
+@needs_chromium
+def test_a_model_without_a_chat_template_gets_the_prompt_as_it_stands(tmp_path: Path):
+    error = {"error": {"message": "no chat template", "param": "messages"}}
+    whole = chat() | {"choices": [{"index": 0, "text": "and on", "fettle": {"finish": "length"}}]}
+    replies = {"stats": good(stats("writer")), "info": good(WRITERS), CHAT: {"status": 400, "body": error}}
+    found = look(tmp_path, replies | {"v1/completions": good(whole)}, stream=False)
+    assert found["answers"].count("and on") == 6
+
+
+@needs_chromium
+def test_a_text_that_fails(tmp_path: Path):
+    broken = 'data: {"choices": [{"delta": {"content": "so far"}}]}\n\ndata: {"error": {"message": "it broke off"}}\n\n'
+    replies = {"stats": good(stats("writer")), "info": good({"families": []})}
+    found = look(tmp_path, replies | {CHAT: {"status": 200, "text": broken}})
+    assert found["answers"].count("No answer: it broke off") == 6
+    refused = {"status": 429, "body": {"error": {"message": "queue full", "param": None}}}
+    assert look(tmp_path, replies | {CHAT: refused})["answers"].count("No answer: queue full") == 6

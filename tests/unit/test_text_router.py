@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -219,6 +220,19 @@ async def test_what_fails_is_told_and_frees_everything(served):
     with pytest.raises(EngineError):
         await served.text(served.call("one", "exact"))
     assert served.family.batchers["bf16"].running == 0
+
+
+async def test_the_wait_for_a_place_is_told_as_such(served):
+    served.family.batchers["bf16"].places = 1
+    async with aclosing(served.source.open(served.call("first", "exact", stream=True, max_tokens=400))) as first:
+        await anext(first)
+        second = asyncio.create_task(served.pieces(served.call("second", "exact")))
+        await asyncio.sleep(0.05)
+        assert not second.done()
+    [answering] = [piece.answering for piece in await second if piece.answering]
+    assert answering.queue_ms >= 50
+    [answering] = [piece.answering for piece in await served.pieces(served.call("third", "exact")) if piece.answering]
+    assert answering.queue_ms < 50
 
 
 async def test_requests_are_counted_by_point_and_variant(served):
