@@ -18,6 +18,7 @@ from tests.inprocess import make_router
 from tests.texts import (
     BOS,
     FIRST_BYTE,
+    IM_END,
     IM_START,
     OTHER,
     OTHER_LOGPROB,
