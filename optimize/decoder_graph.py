@@ -23,6 +23,7 @@ TOLERANCE = 1e-4
 # Of the texts that torch and the graph are compared on.
 LENGTHS = (17, 5, 11)
 DECODED = 3
+SHORTEST_CONTEXT = 8
 
 
 def export_decoder(model: PreTrainedModel, path: Path, context: int | None = None) -> dict[str, JsonValue]:
@@ -35,11 +36,13 @@ def export_decoder(model: PreTrainedModel, path: Path, context: int | None = Non
     Returns the largest difference from torch's logits.
 
     Raises:
-        PassError: something in the model that the graph cannot say exactly; ONNX Runtime does not run the graph; or
-            its logits on random texts differ from torch's by more than `TOLERANCE` (absolute, or relative to the
-            largest one where that exceeds 1).
+        PassError: something in the model that the graph cannot say exactly; a context of a few tokens; ONNX Runtime
+            does not run the graph; or its logits on random texts differ from torch's by more than `TOLERANCE`
+            (absolute, or relative to the largest one where that exceeds 1).
     """
     parts = Parts(model, context)
+    if parts.spec.context < SHORTEST_CONTEXT:
+        raise PassError(f"a context of {parts.spec.context} tokens is too short to check, and for any text")
     save_graph(write_graph(parts), path)
     difference = check_decoder(model, path, parts.spec)
     if difference > TOLERANCE:

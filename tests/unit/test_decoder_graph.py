@@ -206,6 +206,12 @@ def test_unknown_rotary_kind_is_refused_by_name():
         decoder_spec(config)
 
 
+@pytest.mark.parametrize(("context", "fits"), [(7, False), (8, True)])
+def test_context_of_a_few_tokens_is_refused(tmp_path, context, fits):
+    with contextlib.nullcontext() if fits else pytest.raises(PassError, match="7 tokens is too short"):
+        export_decoder(tiny_decoder(), tmp_path / "model.onnx", context)
+
+
 def test_half_precision_is_refused(tmp_path):
     with pytest.raises(PassError, match="bfloat16"):
         export_decoder(tiny_decoder().bfloat16(), tmp_path / "model.onnx")
