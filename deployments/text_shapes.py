@@ -163,11 +163,10 @@ class ChatShape:
     def whole(self, choice: Gathered) -> Json:
         reader = self._plan.reader()
         read = reader.read("".join(choice.texts), last=True)
-        message: Json = {"role": "assistant", "content": read.content or None, "refusal": None}
+        content = (read.content or None) if read.calls else read.content
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
         if read.calls:
             message["tool_calls"] = whole_calls(read.calls)
-        else:
-            message["content"] = read.content
         told = self._told(choice.tokens)
         finish = finish_fields(choice.as_piece(), self._call, called=reader.called)
         return {"index": choice.index, "message": message, "logprobs": told, **finish}
