@@ -20,6 +20,7 @@ from deployments.variant import losses
 from fettle.config import TextConfig
 from fettle.detokenize import Detokenizer
 from fettle.errors import FettleError
+from fettle.manifest import Precision
 from workers.engine import EngineOptions, open_runner
 from workers.generator import Generator
 from workers.speculation import PromptLookup, Speculation
@@ -44,13 +45,14 @@ class TextVariant:
         os.nice(options.niceness)
         runner = open_runner(Path(directory), options.engine)
         runner.warm_up()
-        text = options.text
+        text, precision = options.text, runner.manifest.precision
         generator = Generator(
             runner,
             text.cache_bytes,
             max_slots=text.slots,
             chunk=text.chunk_tokens,
-            speculation=Speculation(PromptLookup()) if text.lookup else None,
+            # In lower precisions several tokens at once differ from one by one by more than the last digits.
+            speculation=Speculation(PromptLookup()) if text.lookup and precision is Precision.FP32 else None,
         )
         fast = FastTokenizer.from_file(options.tokenizer)
         task = runner.manifest.task

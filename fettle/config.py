@@ -133,7 +133,8 @@ class TextConfig(Settings):
     chunk_tokens: int = Field(default=128, ge=1, description="of a prompt, fed between two steps of running texts")
     waiting: int = Field(default=8, ge=0, description="generations that wait at a replica whose slots are full")
     lookup: bool = Field(
-        default=True, description="guess tokens that stood in the text before, while that pays; changes no text"
+        default=True,
+        description="guess tokens that stood in the text before, while that pays; in float32, where it changes nothing",
     )
 
 

@@ -18,7 +18,7 @@ from fettle.errors import EngineError, FettleError, RequestError
 from fettle.generation import Finish, Prompt, Step, Token
 from fettle.sampling import Draw, Outcome, Sampler
 from workers.decoder import Floats, Runner
-from workers.slots import Copy, Sequence, Slots
+from workers.slots import SHORTEST_PIECE, Copy, Sequence, Slots
 from workers.speculation import Speculation
 
 # Prompt tokens between two decode steps: more would stall the streams, fewer waste the matrix products.
@@ -200,7 +200,7 @@ class Generator:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._copy(self._slots.leave(sequence))
-        sequence.fed = 0
+        sequence.fed = sequence.filled = 0
         self._slots.wait(sequence)
         self.stats.preempted += 1
 
@@ -214,7 +214,9 @@ class Generator:
         sequence = self._slots.filling
         assert sequence is not None
         begin = sequence.fed
-        end = min(sequence.length, begin + (self.chunk if self._slots.alive else max(self.chunk, ALONE_CHUNK)))
+        end = begin + max(SHORTEST_PIECE, self.chunk if self._slots.alive else max(self.chunk, ALONE_CHUNK))
+        if end + SHORTEST_PIECE > sequence.length:
+            end = sequence.length
         whole = sequence.prompt.prompt_logprobs and not sequence.told
         wanted = end - begin if whole else int(end == sequence.length)
         started = time.perf_counter()
@@ -226,7 +228,7 @@ class Generator:
             return [self._failed(sequence, error)]
         self.stats.feed_s += time.perf_counter() - started
         self.stats.fed_tokens += end - begin
-        sequence.fed = end
+        sequence.fed = sequence.filled = end
         if end < sequence.length:
             return []
         self._copy(self._slots.join())

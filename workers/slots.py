@@ -19,18 +19,26 @@ from workers.decoder import Ids
 SMALLEST_CONTEXT = 128
 # A shorter common beginning is not worth a copy.
 SHORTEST_REUSE = 8
+# Of a prompt, at least so many tokens are fed at once: for one alone an engine may take another path, whose results
+# differ in the last digits.
+SHORTEST_PIECE = 2
 
 
 class Sequence:
-    """One generation: its tokens so far, and how many of them are in its slot's keys and values (`fed`)."""
+    """One generation: its tokens so far, and how many of them are in its slot's keys and values (`fed`).
 
-    __slots__ = ("_tokens", "cached", "draw", "fed", "length", "order", "prompt", "scored", "told")
+    The first `filled` of these were fed as a prompt; those behind them came one by one, and may differ in the last
+    digits from what feeding would have made of them, so nothing else begins with them.
+    """
+
+    __slots__ = ("_tokens", "cached", "draw", "fed", "filled", "length", "order", "prompt", "scored", "told")
 
     def __init__(self, prompt: Prompt, draw: Draw, order: int, context: int) -> None:
         self.prompt = prompt
         self.draw = draw
         self.order = order
         self.fed = 0
+        self.filled = 0
         self.cached = 0
         self.told = False
         self.scored: list[Token] = []
@@ -42,6 +50,11 @@ class Sequence:
     def tokens(self) -> Ids:
         """Prompt and output, int32 [length]; a view."""
         return self._tokens[: self.length]
+
+    @property
+    def reusable(self) -> Ids:
+        """The tokens that another text may begin with, int32 [filled]; a view."""
+        return self._tokens[: self.filled]
 
     @property
     def generated(self) -> int:
@@ -125,11 +138,11 @@ class Slots:
 
         Afterwards `sequence.fed` tokens are there already; never all, since the last one's logits are needed.
         """
-        most = 0 if sequence.prompt.prompt_logprobs else sequence.length - 1
+        most = 0 if sequence.prompt.prompt_logprobs else max(0, sequence.length - SHORTEST_PIECE)
         free = range(len(self.alive), self.count)
         tokens = sequence.tokens[:most]
         here = {slot: _common(self._left[slot], tokens) for slot in free if slot in self._left}
-        there = {slot: _common(other.tokens[: other.fed], tokens) for slot, other in enumerate(self.alive)}
+        there = {slot: _common(other.reusable, tokens) for slot, other in enumerate(self.alive)}
         best, known = max(here.items(), key=_second, default=(0, 0))
         source, elsewhere = max(there.items(), key=_second, default=(0, 0))
         emptiest = min(free, key=lambda slot: len(self._left.get(slot, ())))
@@ -141,6 +154,7 @@ class Slots:
         else:
             self.filling_at, sequence.fed = emptiest, elsewhere
             copy = Copy(source, emptiest, elsewhere)
+        sequence.filled = sequence.fed
         self._left.pop(self.filling_at, None)
         return copy
 
@@ -150,7 +164,7 @@ class Slots:
         target, copy = len(self.alive), None
         if self.filling_at != target:
             copy = Copy(self.filling_at, target, self.filling.fed)
-            self._left[self.filling_at] = self.filling.tokens[: self.filling.fed].copy()
+            self._left[self.filling_at] = self.filling.reusable.copy()
         self._left.pop(target, None)
         self.alive.append(self.filling)
         self.filling = None
@@ -159,7 +173,7 @@ class Slots:
     def leave(self, sequence: Sequence) -> Copy | None:
         """It has no slot, and does not wait, any more. The last of the alive moves into its slot."""
         if sequence is self.filling:
-            self._left[self.filling_at] = sequence.tokens[: sequence.fed].copy()
+            self._left[self.filling_at] = sequence.reusable.copy()
             self.filling = None
             return None
         if sequence not in self.alive:
@@ -167,7 +181,7 @@ class Slots:
             return None
         slot, last = self.alive.index(sequence), len(self.alive) - 1
         moved = self.alive.pop()
-        self._left[last] = moved.tokens[: moved.fed].copy()
+        self._left[last] = moved.reusable.copy()
         if moved is sequence:
             return None
         self.alive[slot] = moved

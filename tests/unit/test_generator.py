@@ -169,7 +169,7 @@ def test_a_beginning_that_is_known_is_not_fed_again():
     assert [run.steps[str(number)][0].cached for number in range(6)] == [0, *[len(head)] * 5]
 
 
-def test_the_same_prompt_again_feeds_its_last_token_only():
+def test_the_same_prompt_again_feeds_its_last_tokens_only():
     first = Run(generator())
     first.generator.submit(prompt(1, 30))
     first.finish()
@@ -177,7 +177,7 @@ def test_the_same_prompt_again_feeds_its_last_token_only():
     again.generator.submit(prompt(1, 30))
     fed = again.generator.stats.fed_tokens
     assert_as_alone(again.finish(), [prompt(1, 30)])
-    assert again.generator.stats.fed_tokens == fed + 1
+    assert again.generator.stats.fed_tokens == fed + 2
 
 
 def test_choices_of_one_prompt_share_it_and_differ():
@@ -189,7 +189,7 @@ def test_choices_of_one_prompt_share_it_and_differ():
     for each in choices:
         run.generator.submit(each)
     assert_as_alone(run.finish(), choices)
-    assert run.generator.stats.reused_tokens == 3 * 59
+    assert run.generator.stats.reused_tokens == 3 * 58
     assert len({tuple(tokens) for tokens in run.tokens.values()}) == 4
 
 
