@@ -36,8 +36,9 @@ class EndGate(Strict):
 class AnswerGate(Strict):
     """A text ends where the answer in it is there, stable, and sure.
 
-    It is looked for after `first` tokens and then after every `every`; the same one has been found `stable` times in a
-    row, and the probabilities of the tokens that it consists of multiply to the threshold, or the lowest reaches it.
+    It is looked for after `first` tokens and then after every `every`, in long texts after a 32nd part more; the same
+    one has been found `stable` times in a row, and the probabilities of the tokens that it consists of multiply to the
+    threshold, or the lowest reaches it.
     """
 
     threshold: float = Field(ge=0, le=1)

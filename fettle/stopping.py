@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from fettle.findings import AnswerGate, EndGate, Floor, Step, StopGates, TextGat
 from fettle.generation import Finish, Token
 from fettle.text_scores import Tally, never_rises, score_of
 
+# An answer is looked for at most so often while a text grows to twice its length, about.
+SPARSE: Final = 32
 # The text that a token adds: an incremental detokenizer's next piece, empty while a character is incomplete.
 Piece = Callable[[int], str]
 
@@ -57,6 +59,7 @@ class AnswerPart:
     def __init__(self, gate: AnswerGate, piece: Piece, extract: Extract) -> None:
         self._gate, self._piece, self._extract = gate, piece, extract
         self.answer: Answer | None = None
+        self._next = gate.first
         self._stable = 0
         self._sure = math.nan
         self._pieces: list[str] = []
@@ -72,11 +75,13 @@ class AnswerPart:
         self._pieces.append(piece)
         self._ends.append((self._ends[-1] if self._ends else 0) + len(piece))
         self._logprobs.append(float(np.float32(token.logprob)))
-        count, gate = len(self._pieces), self._gate
-        if count < gate.first or (count - gate.first) % gate.every:
+        count = len(self._pieces)
+        if count < self._next:
             return math.nan
+        # A look reads the whole text, so that without this the work would grow with the square of its length.
+        self._next = count + max(self._gate.every, count // SPARSE)
         self._read("".join(self._pieces))
-        return self._sure if self._stable >= gate.stable else math.nan
+        return self._sure if self._stable >= self._gate.stable else math.nan
 
     def _read(self, text: str) -> None:
         answer = self._extract(text)

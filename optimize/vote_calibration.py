@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fettle import certificates
 from fettle.errors import PassError
 from fettle.extract import Answer
-from fettle.findings import Certificate, Level, Tested, VotePoint
+from fettle.findings import Certificate, Level, VotePoint
 from fettle.votes import VoteRule, Votes
 from optimize.certify import DELTA
 
@@ -25,12 +25,11 @@ CONFIDENCES: Final = (0.9999, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93,
 
 @dataclass(frozen=True, slots=True)
 class VoteRows:
-    """Every row's answers, all of its choices in order, and how they were sampled. `choice_ms`: what one costs."""
+    """Every row's answers, all of its choices in order, and how they were sampled."""
 
     answers: Sequence[Sequence[Answer]]
     temperature: float
     top_p: float = 1.0
-    choice_ms: float = 0.0
 
     @property
     def choices(self) -> int:
@@ -47,11 +46,12 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class CertifiedVotes:
-    """`lossless` needs no certificate; `points` at the levels that have one."""
+    """`lossless` needs no certificate; `points` at the levels that have one; `paths` [level] is all that was tested."""
 
     lossless: VotePoint
     points: list[VotePoint]
     levels: list[Level]
+    paths: list[list[VotePoint]]
 
 
 def end_votes(answers: Sequence[Sequence[Answer]], confidences: Sequence[float | None]) -> list[Ended]:
@@ -73,40 +73,40 @@ def certify_votes(rows: VoteRows, levels: Sequence[float], delta: float = DELTA)
     """
     if not rows.answers or any(len(row) != rows.choices for row in rows.answers) or rows.choices < 2:
         raise PassError("votes are calibrated on rows that all have the same number of choices, two or more")
-    lossless, *certain = end_votes(rows.answers, (None, *CONFIDENCES))
-    ended = dict(zip(CONFIDENCES, certain, strict=True))
-    points, done = [], []
+    lossless, *ended = end_votes(rows.answers, (None, *CONFIDENCES))
+    points, done, paths = [], [], []
     for alpha in levels:
-        level, confidence = _certify_level(rows, ended, alpha, delta)
-        if confidence is not None:
-            proof = level.path[CONFIDENCES.index(confidence)].certificate
-            points.append(_point(rows, f"vote-within-{alpha:g}", ended[confidence], confidence, proof))
-            level = level.model_copy(update={"point": points[-1].id})
+        level, path = _certify_level(rows, ended, alpha, delta)
         done.append(level)
-    return CertifiedVotes(_point(rows, "vote-lossless", lossless), points, done)
+        paths.append(path)
+        points += [point for point in path if point.id == level.point]
+    return CertifiedVotes(_point(rows, "vote-lossless", lossless), points, done, paths)
 
 
-def _certify_level(rows: VoteRows, ended: dict[float, Ended], alpha: float, delta: float) -> tuple[Level, float | None]:
+def _certify_level(rows: VoteRows, ended: Sequence[Ended], alpha: float, delta: float) -> tuple[Level, list[VotePoint]]:
     count, needed = len(rows.answers), certificates.rows_needed(alpha, delta)
     if count < needed:
         reason = f"{count} rows of choices are too few: it takes {needed} at the least"
-        return Level(alpha=alpha, reason=reason, rows_needed=needed), None
-    errors = [int(found.changed.sum()) for found in ended.values()]
+        return Level(alpha=alpha, reason=reason, rows_needed=needed), []
+    errors = [int(found.changed.sum()) for found in ended]
     passed = certificates.fixed_sequence(errors, count, alpha, delta)
-    tests = [
-        Tested(
-            label=f"{rows.choices} votes at confidence {confidence:g}",
-            expected_cpu_ms=float(ended[confidence].drawn.mean()) * rows.choice_ms,
-            tuned_disagreement=0.0,
-            certificate=certificates.certify(wrong, count, alpha, delta),
+    name = f"vote-within-{alpha:g}"
+    path = [
+        _point(
+            rows,
+            name if number == passed - 1 else f"{name}-at-{CONFIDENCES[number]:g}",
+            ended[number],
+            CONFIDENCES[number],
+            certificates.certify(wrong, count, alpha, delta),
         )
-        for confidence, wrong in zip(CONFIDENCES[: passed + 1], errors, strict=False)
+        # What lies behind the first failure was not tested.
+        for number, wrong in enumerate(errors[: passed + 1])
     ]
     if not passed:
-        bound = tests[0].certificate.upper_bound
+        bound = certificates.upper_bound(errors[0], count, delta)
         reason = f"even confidence {CONFIDENCES[0]:g} failed its test: at most {bound:.2%} is certain"
-        return Level(alpha=alpha, reason=reason, path=tests), None
-    return Level(alpha=alpha, path=tests), CONFIDENCES[passed - 1]
+        return Level(alpha=alpha, reason=reason), path
+    return Level(alpha=alpha, point=name), path
 
 
 def _point(

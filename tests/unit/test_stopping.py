@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fettle.extract import PatternAnswer, TextAnswer, extractor
+from fettle.extract import Answer, PatternAnswer, TextAnswer, extractor
 from fettle.findings import AnswerGate, EndGate, Floor, Gate, Step, StopGates, TextGates, TextScore
 from fettle.generation import Finish, Token
 from fettle.stopping import (
@@ -265,3 +266,17 @@ def test_a_whole_text_as_the_answer_is_stable_only_while_nothing_is_added():
     found = Watch(AnswerPart(AnswerGate(threshold=0.0, stable=2), piece, extractor(TextAnswer())))
     assert found.see([Token(0, 0.0), Token(1, 0.0), Token(5, 0.0)]) is None
     assert found.see([Token(8, 0.0)]) is Finish.EARLY_ANSWER
+
+
+def test_in_long_texts_an_answer_is_looked_for_less_often():
+    looked: list[int] = []
+
+    def extract(text: str) -> Answer:
+        looked.append(len(text))
+        return Answer(text, found=False)
+
+    found = Watch(AnswerPart(AnswerGate(threshold=0.5, first=3), lambda _: "x", extract))
+    assert found.see([Token(0, -0.1)] * 4000) is None
+    assert looked[:70] == [*range(3, 65), *range(66, 82, 2)]
+    assert all(later - before == max(1, before // 32) for before, later in pairwise(looked))
+    assert len(looked) < 250
