@@ -187,11 +187,11 @@ class Prompts:
     def __init__(self, tokenizer_json: bytes, *, special: bool, context: int) -> None:
         """`special` as `PromptReader.special` says; `context`: tokens of a prompt and its answer together, at most."""
         self._fast = FastTokenizer.from_str(tokenizer_json.decode())
-        self._special, self.context = special, context
+        self.special, self.context = special, context
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """int32 [tokens] of each prompt, never cut."""
-        return self._encoded(texts, self._special)
+        return self._encoded(texts, self.special)
 
     def encode_answers(self, texts: Sequence[str]) -> list[Ids]:
         """int32 [tokens] of each answer: what follows a prompt, without an end token."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ from optimize.prune import least_influential
 from optimize.recipes import Plan, Round
 from optimize.train import all_cores, training_step
 from optimize.workspace import fingerprint_of
+
+if TYPE_CHECKING:
+    from optimize.text_work import TextWork
 
 # Texts that influence and importance are averaged over, and texts of one pass.
 EXAMINED_TEXTS, EXAMINED_BATCH = 256, 16
@@ -94,6 +97,27 @@ class TextStudent:
     @property
     def scorer(self) -> TextScorer:
         return TextScorer(self.model, self.reference.task).eval()
+
+
+def school_of(work: TextWork, greedy: Greedy | None = None) -> School:
+    """What a run of `fettle optimize` has to learn from; the splits `train` and `validation` are there."""
+    prompts = [row.ids for row in work.rows("train")]
+    said = work.right_answers("train") or [None] * len(prompts)
+    answers = work.prompts.encode_answers([answer or "" for answer in said])
+    return School(
+        reference=work.reference,
+        cache=work.cache,
+        progress=work.progress,
+        prompts=prompts,
+        right=[answer if len(answer) else None for answer in answers],
+        tuning=[row.ids for row in work.rows("validation")],
+        max_tokens=work.max_tokens,
+        seed=work.config.seed,
+        fingerprint=work.fingerprint_of(
+            what="text student", rows=work.fingerprint_of_rows(["train", "validation"]), special=work.prompts.special
+        ),
+        greedy=greedy,
+    )
 
 
 def shrink(layers: int | None = None, **sizes: float) -> dict[str, JsonValue]:

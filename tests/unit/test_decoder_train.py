@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,17 @@ import torch
 
 from fettle.errors import PassError
 from fettle.manifest import DecoderSpec
+from fettle.rows import Row
 from optimize import decoder_train
 from optimize.cache import Cache
+from optimize.decoder_data import Prompts
 from optimize.decoder_load import DecoderReference
 from optimize.decoder_samples import generated
-from optimize.decoder_train import SHRINK, School, TextStudent, make_text_student, shrink
+from optimize.decoder_train import SHRINK, School, TextStudent, make_text_student, school_of, shrink
 from optimize.load import load_reference
 from optimize.progress import Progress
 from optimize.recipes import Plan, Round
+from optimize.workspace import fingerprint_of
 from tests.unit import tiny_decoders
 
 SMALL = shrink(layers=2, neurons=0.5, groups=2, pooled=1)
@@ -155,6 +159,31 @@ def test_greedy_answers_may_come_from_elsewhere(school: School, reference: Decod
     kept = Cache(school.cache.directory.parent / "other")
     theirs = make_text_student(replace(school, cache=kept), plan)
     assert all(torch.equal(left, right) for left, right in zip(weights(mine), weights(theirs), strict=True))
+
+
+def test_a_run_becomes_a_school(school: School, reference: DecoderReference):
+    splits = {"train": prompts(3, 0), "validation": prompts(2, 1)}
+    work: Any = SimpleNamespace(
+        reference=reference,
+        cache=school.cache,
+        progress=school.progress,
+        config=SimpleNamespace(seed=5),
+        max_tokens=7,
+        prompts=Prompts(reference.tokenizer_json, special=False, context=64),
+        rows=lambda split: [Row(ids) for ids in splits[split]],
+        right_answers=lambda split: ["the", None, ""],
+        fingerprint_of=fingerprint_of,
+        fingerprint_of_rows=lambda names: {"splits": names},
+    )
+    found = school_of(work)
+    assert [row.tolist() for row in found.prompts] == [row.tolist() for row in splits["train"]]
+    assert [row.tolist() for row in found.tuning] == [row.tolist() for row in splits["validation"]]
+    assert [None if right is None else work.prompts.decode(right) for right in found.right] == ["the", None, None]
+    assert (found.seed, found.max_tokens, found.greedy) == (5, 7, None)
+    work.prompts.special = True
+    assert school_of(work).fingerprint != found.fingerprint
+    work.right_answers = lambda split: None
+    assert school_of(work).right == [None] * 3
 
 
 def test_a_student_stands_in_for_the_reference(school: School, reference: DecoderReference):
