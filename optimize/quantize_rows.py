@@ -8,7 +8,7 @@ float kernels around it have that property. What was measured, and what was not 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
@@ -79,7 +79,9 @@ def quantize_rows_int8(
     schemes: dict[str, Scheme] = {linear.source: PerRow() for linear in linears}
     weights = {linear.product.output[0]: round_nearest(linear.weight, limit) for linear in linears}
     if rows is not None and spec is not None:
-        _calibrate(model, linears, schemes, weights, _Calibration(rows, spec, feedback, limit))
+        widths = {linear.source: linear.weight.shape[0] for linear in linears}
+        seen = observe(model, widths, rows, spec, grams=feedback)
+        calibrate(model, linears, schemes, weights, seen, limit)
     quantized = write_int8(model, linears, schemes, weights)
     save_graph(model, path_out)
     kinds = Counter("static" if isinstance(scheme, Static) else "per_row" for scheme in schemes.values())
@@ -87,32 +89,27 @@ def quantize_rows_int8(
     return {"quantized": quantized, "left_float": left, "inputs": dict(kinds), "reduced_range": limit != LIMIT}
 
 
-@dataclass(frozen=True)
-class _Calibration:
-    rows: Rows
-    spec: TokenizerSpec
-    feedback: bool
-    limit: int
-
-
-def _calibrate(
+def calibrate(
     model: onnx.ModelProto,
     linears: list[Linear],
     schemes: dict[str, Scheme],
     weights: dict[str, Rounded],
-    calibration: _Calibration,
+    seen: Iterable[tuple[str, Observed]],
+    limit: int,
 ) -> None:
-    """Replace schemes (by input) and weights (by the product's output) by what serves these rows better."""
+    """Replace schemes (by input) and weights (by the product's output) by what serves the inputs that were seen better.
+
+    Weights are rounded with error feedback where a gram was observed.
+    """
     groups = by_source(linears)
     shared = shared_weights(linears)
-    widths = {name: group[0].weight.shape[0] for name, group in groups.items()}
     gelus = {node.output[0] for node in model.graph.node if _is_exact_gelu(node)}
-    for name, seen in observe(model, widths, calibration.rows, calibration.spec, grams=calibration.feedback):
+    for name, observed in seen:
         group = groups[name]
         alone = shared.isdisjoint(linear.name for linear in group)
-        schemes[name] = _scheme(seen, group, alone=alone, gelu=name in gelus)
+        schemes[name] = _scheme(observed, group, alone=alone, gelu=name in gelus)
         for linear in group if alone else []:
-            weights[linear.product.output[0]] = _rounded(linear, schemes[name], seen, calibration.limit)
+            weights[linear.product.output[0]] = _rounded(linear, schemes[name], observed, limit)
 
 
 def per_token_layers(linears: list[Linear]) -> list[Linear]:

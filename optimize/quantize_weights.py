@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from fettle.errors import PassError
 from optimize.export import quiet, save_graph
 from optimize.fuse import drop_unused
-from optimize.rounding import round_nearest
+from optimize.rounding import LIMIT, round_nearest
 
 # Activations go to int8 by blocks of each row inside the operator, so that no answer depends on the batch.
 INT8_SUMS = 4
@@ -58,6 +58,16 @@ def quantize_embeddings_int8(path_in: Path, path_out: Path, *, smallest: int = S
     Returns how many tables were rewritten, 0 if there are none, and the bytes saved.
     """
     model = onnx.load(path_in)
+    written, saved = tables_to_int8(model, smallest)
+    drop_unused(model)
+    save_graph(model, path_out)
+    return {"tables": len(written), "bytes_saved": saved}
+
+
+def tables_to_int8(
+    model: onnx.ModelProto, smallest: int = SMALLEST_TABLE, limit: int = LIMIT
+) -> tuple[dict[str, tuple[str, str]], int]:
+    """The same in place: the names of each table's codes and scales, and the bytes saved."""
     tables = {item.name: item for item in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     saved = 0
@@ -68,14 +78,12 @@ def quantize_embeddings_int8(path_in: Path, path_out: Path, *, smallest: int = S
             nodes.append(node)
             continue
         if table.name not in written:
-            written[table.name], bytes_saved = _halves(model, table)
+            written[table.name], bytes_saved = _halves(model, table, limit)
             saved += bytes_saved
         nodes += _looked_up(node, *written[table.name])
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    drop_unused(model)
-    save_graph(model, path_out)
-    return {"tables": len(written), "bytes_saved": saved}
+    return written, saved
 
 
 def _is_table(node: onnx.NodeProto, table: onnx.TensorProto, smallest: int) -> bool:
@@ -83,9 +91,9 @@ def _is_table(node: onnx.NodeProto, table: onnx.TensorProto, smallest: int) -> b
     return rows_first and table.data_type == TensorProto.FLOAT and len(table.dims) == 2 and table.dims[0] >= smallest
 
 
-def _halves(model: onnx.ModelProto, table: onnx.TensorProto) -> tuple[tuple[str, str], int]:
+def _halves(model: onnx.ModelProto, table: onnx.TensorProto, limit: int) -> tuple[tuple[str, str], int]:
     values = numpy_helper.to_array(table)
-    rounded = round_nearest(values.T)
+    rounded = round_nearest(values.T, limit)
     codes = numpy_helper.from_array(np.ascontiguousarray(rounded.codes.T), f"{table.name}_int8")
     scales = numpy_helper.from_array(rounded.scales[:, None], f"{table.name}_scales")
     model.graph.initializer.extend([codes, scales])

@@ -5,9 +5,11 @@ Rows run alone, so that no padding is counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -18,12 +20,13 @@ from onnx import TensorProto, helper
 from fettle.errors import DataError, PassError
 from fettle.manifest import TokenizerSpec
 from fettle.rows import Rows
-from optimize.export import input_names
+from optimize.export import fits_one_file, input_names, save_graph
 from optimize.linear_layers import STEPS, Linear, PerRow, Scheme, Static, equalised
 from optimize.rounding import Floats, round_nearest
 from workers.onnx_encoder import ORT_ERRORS, session_options
 
 Method = Literal["minmax", "percentile", "error"]
+Feed = dict[str, NDArray[Any]]
 
 TOKENS_OF_A_ROW = 16
 LARGEST_SAMPLE = 1024
@@ -33,6 +36,7 @@ PERCENTILE = 99.99
 CLIPS = (0.95, 0.9, 0.8, 0.7)
 EXPONENTS = (0.5, 0.65, 0.8, 0.9, 1.0)
 NEVER_ZERO = 1e-6
+PROVIDERS = ["CPUExecutionProvider"]
 
 
 @dataclass
@@ -53,10 +57,11 @@ class _Tally:
     taken: list[Floats] = field(default_factory=list)
     waiting: list[Floats] = field(default_factory=list)
 
-    def count(self, tokens: Floats, random: np.random.Generator, *, gram: bool) -> None:
+    def count(self, tokens: Floats, random: np.random.Generator, *, gram: bool, first: bool) -> None:
         self.peak = max(self.peak, float(np.abs(tokens).max()))
         self.tokens += len(tokens)
-        self.taken.append(tokens[random.permutation(len(tokens))[:TOKENS_OF_A_ROW]])
+        taken = random.permutation(len(tokens))[:TOKENS_OF_A_ROW]
+        self.taken.append(tokens[np.union1d(taken, 0) if first else taken])
         if gram:
             self.waiting.append(tokens)
             if sum(map(len, self.waiting)) >= LARGEST_SAMPLE:
@@ -82,13 +87,29 @@ def observe(
     """
     if not len(rows):
         raise DataError("calibration needs at least one row; give a data file with texts")
+    yield from observe_feeds(model, widths, lambda: single_rows(rows, spec), grams=grams)
+
+
+def observe_feeds(
+    model: onnx.ModelProto,
+    widths: dict[str, int],
+    feeds: Callable[[], Iterator[Feed]],
+    *,
+    grams: bool,
+    first: bool = False,
+) -> Iterator[tuple[str, Observed]]:
+    """The same of any graph: `feeds` gives its inputs, call by call, as often as it is asked.
+
+    Args:
+        first: samples hold the first token of every call.
+    """
     for names in _portions(widths, grams):
         session = _session_with(model, names)
         tallies = {name: _Tally() for name in names}
         random = np.random.default_rng(0)
-        for feed in single_rows(rows, spec):
+        for feed in feeds():
             for name, value in zip(names, _run(session, names, feed), strict=True):
-                tallies[name].count(value.reshape(-1, value.shape[-1]), random, gram=grams)
+                tallies[name].count(value.reshape(-1, value.shape[-1]), random, gram=grams, first=first)
         for name, tally in tallies.items():
             tally.multiply()
             taken = np.concatenate(tally.taken)
@@ -96,7 +117,7 @@ def observe(
             yield name, Observed(taken[kept], tally.gram, tally.peak, tally.tokens)
 
 
-def single_rows(rows: Rows, spec: TokenizerSpec) -> Iterator[dict[str, NDArray[np.int64]]]:
+def single_rows(rows: Rows, spec: TokenizerSpec) -> Iterator[Feed]:
     """Graph inputs, one row at a time."""
     ends = np.cumsum(rows.lengths)
     for index, end in enumerate(ends):
@@ -195,12 +216,16 @@ def _session_with(model: onnx.ModelProto, names: list[str]) -> ort.InferenceSess
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in there
     )
     try:
-        return ort.InferenceSession(probe.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"])
+        if fits_one_file(probe):
+            return ort.InferenceSession(probe.SerializeToString(), session_options(1), providers=PROVIDERS)
+        with tempfile.TemporaryDirectory() as folder:
+            save_graph(probe, Path(folder) / "probe.onnx")
+            return ort.InferenceSession(Path(folder) / "probe.onnx", session_options(1), providers=PROVIDERS)
     except ORT_ERRORS as error:
         raise PassError(f"ONNX Runtime does not load the graph to be quantized: {str(error)[:200]}") from error
 
 
-def _run(session: ort.InferenceSession, names: list[str], feed: dict[str, NDArray[np.int64]]) -> list[Floats]:
+def _run(session: ort.InferenceSession, names: list[str], feed: Feed) -> list[Floats]:
     try:
         values: list[Floats] = session.run(names, feed)
     except ORT_ERRORS as error:

@@ -45,6 +45,11 @@ def round_with_feedback(weight: Floats, gram: Floats, limit: int = LIMIT) -> Rou
     (GPTQ, Frantar et al. 2022, arXiv:2210.17323, with the largest diagonal first).
     """
     scales = channel_scales(weight, limit)
+    return Rounded(feed_errors_on(weight, gram, np.broadcast_to(scales, weight.shape), -limit, limit), scales)
+
+
+def feed_errors_on(weight: Floats, gram: Floats, scales: Floats, low: int, high: int) -> NDArray[np.int8]:
+    """`round_with_feedback`'s codes from `low` to `high`, of steps that are known: `scales` [inputs, outputs]."""
     order = np.argsort(-np.diag(gram), kind="stable")
     rest = weight[order].astype(np.float64)
     upper = _inverse_root(gram[np.ix_(order, order)])
@@ -54,14 +59,15 @@ def round_with_feedback(weight: Floats, gram: Floats, limit: int = LIMIT) -> Rou
         end = min(start + BLOCK, inputs)
         errors = np.empty((end - start, rest.shape[1]))
         for index in range(start, end):
-            codes[index] = np.clip(np.round(rest[index] / scales), -limit, limit)
-            error = (rest[index] - codes[index] * scales) / upper[index, index]
+            steps = scales[order[index]]
+            codes[index] = np.clip(np.round(rest[index] / steps), low, high)
+            error = (rest[index] - codes[index] * steps) / upper[index, index]
             rest[index + 1 : end] -= np.outer(upper[index, index + 1 : end], error)
             errors[index - start] = error
         # What lies beyond the block is corrected once for the whole block, as one product.
         rest[end:] -= upper[start:end, end:].T @ errors
     back = np.argsort(order)
-    return Rounded(codes[back].astype(np.int8), scales)
+    return codes[back].astype(np.int8)
 
 
 def _inverse_root(gram: Floats) -> NDArray[np.float64]:
