@@ -20,13 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import aiohttp
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from deployments.server import ServerOptions, running
 from examples.finetune import DATA, read_rows
 from examples.text_client import Json, Speed, TextClient, answer_of, finish_of, piece_of
+from examples.text_tables import EARLY, AskedTexts, VariantSpeed, report_speeds, report_ways
 from examples.train_language_model import SECTION_QUESTION
 from fettle.config import DataFiles, FamilyConfig, OptimizeConfig, ReplicaConfig, ServeConfig
 from fettle.extract import Extract, extractor
@@ -53,7 +52,6 @@ PACKAGES = [
 # Each of the streams that are timed has exactly so many tokens, whatever the model would say.
 SPEED_TOKENS = 64
 SPEED_WISH = {"temperature": 0, "ignore_eos": True, "max_tokens": SPEED_TOKENS}
-EARLY = ("early_end", "early_answer", "early_vote")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,45 +68,6 @@ class TextDemoOptions:
     split_rows: Mapping[str, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AskedTexts:
-    """One way of asking the section questions, over HTTP. Shares are of the questions, in [0, 1].
-
-    Attributes:
-        wish: what was asked for, in words.
-        bound: the weakest that a reply named: certified, 0 for the original's own answers, None for no promise.
-        answered: the share that each variant or operating point answered.
-        early: the share that was ended before the model itself would have, by what ended it.
-        tokens: drawn for an answer on average, the one that ends it too; of a vote those of its winner.
-        candidates: drawn for an answer on average; 1 where nothing is voted on.
-    """
-
-    wish: str
-    bound: float | None
-    answered: dict[str, float]
-    early: dict[str, float]
-    tokens: float
-    candidates: float
-    alone_ms: float
-    answers_per_second: float
-    same_as_reference: float
-    right: float
-
-
-@dataclass(frozen=True, slots=True)
-class VariantSpeed:
-    """One variant as it streams over HTTP, alone and with all clients; `same_as_reference` as optimize measured it."""
-
-    variant: str
-    size_mb: float
-    same_as_reference: float | None
-    alone_first_ms: float
-    alone_tokens_per_second: float
-    streams: int
-    first_ms: float
-    tokens_per_second: float
-
-
 def run(options: TextDemoOptions, console: Console) -> tuple[list[AskedTexts], list[VariantSpeed]]:
     """Everything, with progress on `console`; what is there from an earlier run is not made again."""
     family = make_family(options, console)
@@ -121,7 +80,7 @@ def run(options: TextDemoOptions, console: Console) -> tuple[list[AskedTexts], l
         with console.status("starting Ray and the replicas"):
             url = service.enter_context(running(served, ServerOptions(port=options.port, dashboard=False)))
         asked, speeds = asyncio.run(question_all(url, family, rows, options, console))
-    report_ways(asked, options, console)
+    report_ways(asked, options.questions, options.streams, console)
     report_speeds(speeds, console)
     path = shlex.quote(str(family.directory))
     console.print(f"Look at the family:  fettle show {path}", soft_wrap=True, highlight=False)
@@ -328,76 +287,9 @@ async def measure_speed(client: TextClient, family: Family, variant: str, option
         alone_first_ms=alone.first_ms,
         alone_tokens_per_second=alone.tokens_per_second,
         streams=options.streams,
+        text_tokens=SPEED_TOKENS,
         first_ms=many.first_ms,
         tokens_per_second=many.tokens_per_second,
-    )
-
-
-def report_ways(asked: Sequence[AskedTexts], options: TextDemoOptions, console: Console) -> None:
-    """What was promised, what the answers were, and what was saved."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    for name in ("asked for", "answered by", "certified", "early", "tokens", "ms", "per s", "same", "right"):
-        table.add_column(name, justify="left" if name in ("asked for", "answered by") else "right", no_wrap=True)
-    for row in asked:
-        first = max(row.answered, key=lambda name: row.answered[name])
-        table.add_row(
-            row.wish,
-            first + ("" if len(row.answered) == 1 else f" {row.answered[first]:.0%}"),
-            "none" if row.bound is None else f"{row.bound:.2%}" if row.bound else "exact",
-            f"{sum(row.early.values()):.0%}",
-            f"{row.tokens:.1f}",
-            f"{row.alone_ms:.0f}",
-            f"{row.answers_per_second:.0f}",
-            f"{row.same_as_reference:.1%}",
-            f"{row.right:.1%}",
-        )
-    console.print(table)
-    exact, vote = asked[0], asked[-1]
-    console.print(
-        f"{options.questions} section questions over HTTP, by what a request asked for. Certified: at most so many "
-        "answers differ from the original's, at 95 % confidence; what a client's own rules do is covered by no "
-        "certificate. Early: ended before the model itself would have ended it. Tokens: drawn for an answer, the one "
-        f"that ends it among them. ms: one client. Per s: answers, {options.streams} clients. Same: the original's "
-        "answer. Right: the archive's section.",
-        style="dim",
-        highlight=False,
-    )
-    for row in asked[1:-1]:
-        if row.early:
-            reasons = ", ".join(f"{name} {share:.0%}" for name, share in row.early.items())
-            saved = 1 - row.tokens / exact.tokens
-            console.print(f"{row.wish}: {reasons}; {saved:.0%} of the tokens saved.", highlight=False)
-    console.print(
-        f"{vote.wish}: {vote.candidates:.1f} of {CANDIDATES} candidates were drawn on average; the rest could not have "
-        "changed the winner.",
-        highlight=False,
-    )
-
-
-def report_speeds(speeds: Sequence[VariantSpeed], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column("variant", no_wrap=True)
-    streams = speeds[0].streams if speeds else 0
-    for name in ("MB", "same", "first ms\n1 stream", "tokens/s\n1 stream"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in (f"first ms\n{streams} streams", f"tokens/s\n{streams} streams"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in speeds:
-        table.add_row(
-            row.variant,
-            f"{row.size_mb:.0f}",
-            "" if row.same_as_reference is None else f"{row.same_as_reference:.1%}",
-            f"{row.alone_first_ms:.0f}",
-            f"{row.alone_tokens_per_second:,.0f}",
-            f"{row.first_ms:.0f}",
-            f"{row.tokens_per_second:,.0f}",
-        )
-    console.print(table)
-    console.print(
-        f"Each variant by name, {SPEED_TOKENS} tokens a text, streamed. Same: answers as the original's, as optimize "
-        "measured. First: from the request to the first piece of text. The client runs on the same cores.",
-        style="dim",
-        highlight=False,
     )
 
 

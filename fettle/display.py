@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fettle.family import Family
 from fettle.latency import best_rows_per_second, estimate_ms
-from fettle.manifest import Level, OperatingPoint, VariantManifest
+from fettle.manifest import Level, OperatingPoint, TaskKind, VariantManifest
 
 # Headers are broken here, so that a table is as narrow as it can be.
 CPU_MS = "CPU ms\na row"
@@ -197,7 +197,9 @@ def _footnotes(family: Family) -> list[str]:
     if reference is None:
         return []
     where = reference.hardware
+    writes = family.manifest.task.kind is TaskKind.GENERATE
     return [
+        *(["ms at batch 1: a token of one text alone. A row: a whole text, written beside others."] if writes else []),
         "* answers when a request names no variant. Invariant: no, and the share of answers that the batch changes.",
         f"{reference.quality.rows} test rows, {reference.typical_length} tokens at the median; another answer means: "
         f"{reference.quality.loss}.",
@@ -207,6 +209,8 @@ def _footnotes(family: Family) -> list[str]:
 
 def _task_in_words(family: Family) -> str:
     task = family.manifest.task
+    if task.kind is TaskKind.GENERATE:
+        return "texts"
     if task.head is None:
         return f"vectors of {task.width}"
     return f"{task.head.value.replace('_', ' ')}, {task.width} output" + "s" * (task.width > 1)

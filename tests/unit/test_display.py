@@ -16,6 +16,7 @@ from fettle.family import Family
 from fettle.manifest import Dropped, Level
 from tests.fakes import FakeVariant, make_fake_family
 from tests.report_family import DROPPED, POINTS, make_report_family
+from tests.texts import make_text_family
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,13 @@ def test_rows_per_second_where_no_processor_time_was_measured(tmp_path: Path):
     assert "rows/s" in text
     assert "CPU ms" not in text
     assert "operating points" not in text
+
+
+def test_a_family_that_writes(tmp_path: Path):
+    text = printed(make_text_family(tmp_path / "lm"))
+    assert text.splitlines()[0].strip() == "lm: texts"
+    assert "ms at batch 1: a token of one text alone" in text
+    assert "a token of one text" not in printed(make_fake_family(tmp_path / "f"))
 
 
 def test_operating_points_with_bound_cost_and_path(family: Family):
