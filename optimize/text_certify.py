@@ -41,16 +41,23 @@ class TextCandidate:
 class TextProblem:
     """What is to be certified. `reference` names the candidate that is the reference, `extract` reads the answers.
 
-    `self_changed` is the share of answers in which the reference disagrees with itself.
+    Where that candidate only stands for the reference (the same weights on another engine), `truth` has the reference's
+    own answers by split. `self_changed` is the share of answers in which the reference disagrees with itself.
+    `stops_at_answers` is false where the service does not read answers (by a function of the user's), so that no point
+    may depend on it.
     """
 
     reference: str
     candidates: Sequence[TextCandidate]
     extract: Extract
     self_changed: float = 0.0
+    truth: Mapping[Split, Sequence[Answer]] | None = None
+    stops_at_answers: bool = True
 
     def answers(self, split: Split) -> list[Answer]:
         """The reference's, from its full generations."""
+        if self.truth is not None:
+            return list(self.truth[split])
         reference = next(candidate for candidate in self.candidates if candidate.id == self.reference)
         return [self.extract(trace.text) for trace in getattr(reference, split)]
 
@@ -111,7 +118,13 @@ def plan(tables: Mapping[str, Table], reference: str, levels: Sequence[float]) -
 def tables_of(problem: TextProblem, split: Split) -> dict[str, Table]:
     answers = problem.answers(split)
     return {
-        candidate.id: Table(getattr(candidate, split), candidate.costs, answers, problem.extract)
+        candidate.id: Table(
+            getattr(candidate, split),
+            candidate.costs,
+            answers,
+            problem.extract,
+            stops_at_answers=problem.stops_at_answers,
+        )
         for candidate in problem.candidates
     }
 

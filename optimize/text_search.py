@@ -99,7 +99,7 @@ def kinds(table: Table) -> list[StopGates]:
         StopGates(answer=AnswerGate(threshold=1.0, measure=measure, stable=stable, **looks))
         for measure, stable in ANSWERS
     ]
-    return [ALL_THE_WAY, StopGates(end=EndGate(threshold=1.0)), *answers]
+    return [ALL_THE_WAY, StopGates(end=EndGate(threshold=1.0)), *(answers if table.stops_at_answers else ())]
 
 
 def thresholds(table: Table, kind: StopGates) -> list[float]:

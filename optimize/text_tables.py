@@ -70,12 +70,21 @@ class Options:
 
 
 class Table:
-    """The recorded generations of one variant on some rows, and what the reference answers there. At least one row."""
+    """The recorded generations of one variant on some rows, and what the reference answers there. At least one row.
+
+    `stops_at_answers` is false where whoever serves cannot read answers from a text while it grows.
+    """
 
     def __init__(
-        self, traces: Sequence[Trace], costs: TokenCosts, reference: Sequence[Answer], extract: Extract
+        self,
+        traces: Sequence[Trace],
+        costs: TokenCosts,
+        reference: Sequence[Answer],
+        extract: Extract,
+        *,
+        stops_at_answers: bool = True,
     ) -> None:
-        self.traces, self.costs = traces, costs
+        self.traces, self.costs, self.stops_at_answers = traces, costs, stops_at_answers
         self._reference, self._extract = reference, extract
         self._options: dict[str, Options] = {}
         self._features: dict[int, Array] = {}

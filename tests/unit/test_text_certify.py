@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def chosen(traces: dict[str, list[Trace]], rows: np.ndarray) -> dict[str, list[T
     return {name: [own[row] for row in rows] for name, own in traces.items()}
 
 
-def problem_of(validation: int = 600, calibration: int = 1000, **terms: float) -> TextProblem:
+def problem_of(validation: int = 600, calibration: int = 1000, **terms: Any) -> TextProblem:
     traces = population(validation + calibration)
     return TextProblem(
         REFERENCE,
@@ -258,6 +259,14 @@ def test_paths_go_from_conservative_to_aggressive():
         costs = [policy.cost_ms for policy in path]
         assert costs == sorted(costs, reverse=True)
         assert all(policy.disagreement <= 1.1 * alpha + 1e-9 for policy in path)
+
+
+def test_where_answers_are_not_read_while_serving_no_point_stops_at_one():
+    tables = tables_of(problem_of(300, 1, stops_at_answers=False), "validation")
+    policies = search(tables, REFERENCE, [share * 0.05 for share in BUDGETS])
+    texts = [step.text for policy in policies for step in policy.steps if step.text is not None]
+    assert any(text.end is not None for text in texts)
+    assert all(text.answer is None for text in texts)
 
 
 def test_levels_without_a_point_say_why():
