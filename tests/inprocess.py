@@ -6,11 +6,13 @@ The monitor is the real one too, where one is given; it is told what the tests t
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import httpx
+import uvicorn
 from fastapi import FastAPI
 
 from deployments.api import build_api
@@ -140,6 +142,16 @@ def client_of(app: FastAPI, **headers: str) -> httpx.AsyncClient:
     # What a server would answer, even to a bug.
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://fettle", headers=headers)
+
+
+async def listening(app: FastAPI) -> AsyncIterator[str]:
+    """The application on a free port of this machine, while the fixture that yields from here lives; its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        running = asyncio.create_task(server.serve(sockets=[bound]))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        server.should_exit = True
+        await running
 
 
 def make_app(

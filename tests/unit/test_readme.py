@@ -1,14 +1,21 @@
-"""What README.md and ARCHITECTURE.md say is so: code marked `<!-- run -->` runs, commands and files exist."""
+"""What README.md and ARCHITECTURE.md say is so: code marked `<!-- run -->` runs, what is
+marked `<!-- served -->` is answered by a service, commands and files exist.
+"""
 
+import asyncio
 import re
 import shlex
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
 from tests.fakes import make_fake_family
+from tests.inprocess import listening, make_app
+from tests.texts import ScriptedSource, make_text_family, says
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -50,6 +57,41 @@ def test_marked_python_runs(block, tmp_path, monkeypatch):
     make_fake_family(tmp_path / "family")
     monkeypatch.chdir(tmp_path)
     exec(compile(block.code, str(README), "exec"), {"__name__": "__readme__"})
+
+
+SERVED = [block for block in blocks() if block.marker == "served"]
+
+
+@pytest.fixture
+async def address(tmp_path: Path) -> AsyncIterator[str]:
+    """A service on a port of this machine whose language model says one thing."""
+    family = make_text_family(tmp_path / "lm")
+    async for url in listening(make_app([family], text_source=ScriptedSource(says("an answer")))):
+        yield url
+
+
+@needs_readme
+@pytest.mark.anyio
+@pytest.mark.parametrize("block", [block for block in SERVED if block.language == "python"])
+async def test_served_python_runs(block, address, capsys):
+    code = compile(block.code.replace("http://localhost:8000", address), str(README), "exec")
+    await asyncio.to_thread(exec, code, {"__name__": "__readme__"})
+    assert capsys.readouterr().out == "an answer"
+
+
+@needs_readme
+@pytest.mark.anyio
+@pytest.mark.parametrize("block", [block for block in SERVED if block.language == "sh"])
+async def test_served_requests_are_answered(block, address):
+    commands = block.code.replace("\\\n", " ").splitlines()
+    assert commands
+    async with httpx.AsyncClient() as client:
+        for command in commands:
+            words = shlex.split(command)
+            assert "content-type: application/json" in words
+            url, body = words[1].replace("localhost:8000", address), words[words.index("-d") + 1]
+            response = await client.post(url, content=body, headers={"content-type": "application/json"})
+            assert response.status_code == 200, response.text
 
 
 @needs_readme

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import re
-import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
 import pytest
-import uvicorn
 from rich.console import Console
 
 from deployments.text_source import Answering, Piece, Spent, TextCall, Votes
@@ -25,7 +22,7 @@ from fettle.extract import LabelAnswer
 from fettle.family import FAMILY_FILE, Family
 from fettle.generation import Finish
 from tests.fakes import change_json, give_points, make_point
-from tests.inprocess import make_app
+from tests.inprocess import listening, make_app
 from tests.texts import Script, ScriptedSource, framed, make_text_family, pieces_of
 from tests.unit.test_text_router import LAST, cascade
 
@@ -62,14 +59,8 @@ def script(call: TextCall) -> list[Piece]:
     return framed(pieces, answering=answering, spent=Spent(len(text), infer_ms=2.0, votes=votes))
 
 
-async def serving(family: Family, source: Script) -> AsyncIterator[str]:
-    app = make_app([family], text_source=ScriptedSource(source))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        running = asyncio.create_task(server.serve(sockets=[listening]))
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        await running
+def serving(family: Family, source: Script) -> AsyncIterator[str]:
+    return listening(make_app([family], text_source=ScriptedSource(source)))
 
 
 @pytest.fixture
