@@ -31,6 +31,7 @@ from optimize.source import (
     pad_id,
     read_tokenizer,
 )
+from workers.torch_decoder import exact_lengths
 from workers.torch_encoder import Scorer
 
 
@@ -87,7 +88,7 @@ def load_decoder(source: str, directory: Path, config: PreTrainedConfig) -> Deco
     tokenizer = read_tokenizer(directory)
     vocabulary = cast(Any, model.get_input_embeddings()).num_embeddings
     check_vocabulary(tokenizer, vocabulary, directory)
-    spec = decoder_spec(config, length_limit([config.max_position_embeddings], directory))
+    spec = decoder_spec(config, length_limit(exact_lengths(config), directory))
     width = cast(nn.Linear, model.get_output_embeddings()).weight.shape[0]
     task = Task(kind=TaskKind.GENERATE, width=width, end_ids=_end_ids(model, tokenizer, width, notes))
     fast = cast(Any, tokenizer).backend_tokenizer

@@ -104,6 +104,10 @@ def open_runner(directory: Path, options: EngineOptions | None = None) -> Runner
             from workers.onnx_decoder import OnnxDecoder
 
             return OnnxDecoder(directory, manifest, options)
+        case Runtime.TORCH:
+            from workers.torch_decoder import TorchDecoder
+
+            return TorchDecoder(directory, manifest, options)
         case Runtime.FAKE:
             from workers.fake_decoder import FakeRunner
 

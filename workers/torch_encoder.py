@@ -1,7 +1,7 @@
 """The torch engine: a Hugging Face encoder from `config.json` and `model.safetensors`, on CPU or CUDA.
 
-The only worker module that imports torch and transformers, so that an ONNX worker starts without them. It runs
-classes that transformers ships and never code that came with a checkpoint.
+Only the torch engines import torch and transformers, so that an ONNX worker starts without them. They run classes that
+transformers ships and never code that came with a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fettle.errors import EngineError, FamilyError, UsageError, first_line
@@ -21,6 +21,8 @@ from fettle.manifest import Precision, Task, TaskKind, VariantManifest
 from fettle.rows import Exits, Outputs, Rows
 from workers.engine import EngineOptions, warm_up_rows
 
+# What transformers raises for files that it cannot load.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
@@ -58,13 +60,13 @@ def pooled(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
     return (hidden * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1e-9)
 
 
-def build_scorer(directory: Path, task: Task, dtype: torch.dtype) -> tuple[Scorer, dict[str, Any]]:
-    """Load `config.json` and safetensors of a local directory, in eval mode.
+def read_pretrained(
+    factory: Any, directory: Path, dtype: torch.dtype, **settings: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load `config.json` and safetensors of a local directory with one of transformers' Auto classes.
 
-    Returns the scorer and transformers' loading report (`missing_keys` and so on). The pooler of a bare encoder is
-    dropped, since no pooling mode reads it. Raises what transformers raises.
+    Returns the model and transformers' loading report (`missing_keys` and so on). Raises what transformers raises.
     """
-    factory = AutoModelForSequenceClassification if task.kind is TaskKind.CLASSIFY else AutoModel
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     # What it would log is in the report, which the caller reads.
@@ -77,12 +79,38 @@ def build_scorer(directory: Path, task: Task, dtype: torch.dtype) -> tuple[Score
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **settings,
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
+    return model, report
+
+
+def build_scorer(directory: Path, task: Task, dtype: torch.dtype) -> tuple[Scorer, dict[str, Any]]:
+    """An encoder of a local directory in eval mode, and transformers' loading report.
+
+    The pooler of a bare encoder is dropped, since no pooling mode reads it. Raises what transformers raises.
+    """
+    factory = AutoModelForSequenceClassification if task.kind is TaskKind.CLASSIFY else AutoModel
+    model, report = read_pretrained(factory, directory, dtype)
     if task.kind is TaskKind.EMBED and getattr(model, "pooler", None) is not None:
         model.pooler = None
     return Scorer(model, task).eval().requires_grad_(False), report
+
+
+def torch_place(manifest: VariantManifest, options: EngineOptions) -> tuple[torch.device, torch.dtype]:
+    """Where a variant runs and in which numbers; on CPU the threads are set, for the whole process.
+
+    Raises:
+        UsageError: CUDA was asked for and is not there, or the precision is none of torch's.
+    """
+    if manifest.precision not in DTYPES:
+        raise UsageError(f"variant {manifest.id!r}: torch does not run precision {manifest.precision.value}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device is visible to torch; install a CUDA build of torch or set device to cpu")
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads)
+    return torch.device(options.device), DTYPES[manifest.precision]
 
 
 class TorchEncoder:
@@ -95,17 +123,11 @@ class TorchEncoder:
             UsageError: CUDA was asked for and is not there, or the precision is none of torch's.
             FamilyError: the files do not load as the model that they claim to be.
         """
-        if manifest.precision not in DTYPES:
-            raise UsageError(f"variant {manifest.id!r}: torch does not run precision {manifest.precision.value}")
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("no CUDA device is visible to torch; install a CUDA build of torch or set device to cpu")
+        self._device, dtype = torch_place(manifest, options)
         self.manifest = manifest
-        self._device = torch.device(options.device)
-        if options.device == "cpu":
-            torch.set_num_threads(options.threads)
         try:
-            scorer, _ = build_scorer(directory, manifest.task, DTYPES[manifest.precision])
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            scorer, _ = build_scorer(directory, manifest.task, dtype)
+        except LOADING_ERRORS as error:
             raise FamilyError(
                 f"{directory}: transformers cannot load this variant ({first_line(error)}); run `fettle optimize` again"
             ) from error

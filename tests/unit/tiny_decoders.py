@@ -80,10 +80,21 @@ ARCHITECTURES: dict[str, tuple[type[hf.PreTrainedConfig], dict[str, object]]] = 
     "gemma2": (hf.Gemma2Config, {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3": (hf.Gemma3TextConfig, GEMMA),
 }
+# What has no decoder graph, and runs on torch only. They know no heads that share keys, or experts, or chunks.
+TORCH_ONLY: dict[str, tuple[type[hf.PreTrainedConfig], dict[str, object]]] = {
+    "gpt2": (hf.GPT2Config, {"num_key_value_heads": None}),
+    "gpt-neox": (hf.GPTNeoXConfig, {"num_key_value_heads": None}),
+    "opt": (hf.OPTConfig, {"num_key_value_heads": None, "ffn_dim": 64, "word_embed_proj_dim": 48}),
+    "mixtral": (hf.MixtralConfig, {"head_dim": 16, "num_local_experts": 4, "sliding_window": 6}),
+    "llama4": (
+        hf.Llama4TextConfig,
+        {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 6},
+    ),
+}
 
 
 def tiny_decoder(name: str = "llama", *, tied: bool = True, seed: int = 0, **settings: object) -> hf.PreTrainedModel:
-    kind, extra = ARCHITECTURES[name]
+    kind, extra = (ARCHITECTURES | TORCH_ONLY)[name]
     config = kind(**{**SIZES, **extra, "tie_word_embeddings": tied, **settings})
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
