@@ -12,10 +12,8 @@ from typing import Any, cast
 
 import torch
 from pydantic import JsonValue
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from fettle.chat import Chat, ChatTemplate
 from fettle.errors import ModelError, first_line
@@ -32,7 +30,7 @@ from optimize.source import (
     read_tokenizer,
 )
 from workers.torch_decoder import exact_lengths
-from workers.torch_encoder import Scorer
+from workers.torch_encoder import LOADING_ERRORS, Scorer, read_pretrained
 
 
 class TextScorer(Scorer):
@@ -122,23 +120,10 @@ def read_decoder(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ModelError: transformers cannot load it, or some of its weights are missing.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    # What it would log is in the report.
-    transformers_logging.set_verbosity_error()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        model, report = read_pretrained(AutoModelForCausalLM, directory, dtype)
+    except LOADING_ERRORS as error:
         raise ModelError(f"{directory}: transformers cannot load the weights ({first_line(error)})") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     check_complete(directory, set(report["missing_keys"]) | {str(key) for key in report["mismatched_keys"]})
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 

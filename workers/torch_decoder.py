@@ -7,10 +7,10 @@ engine of what has no ONNX graph. Sampling, stopping, scheduling, prefix reuse a
 transformers' own continuous batching (`ContinuousBatchingManager`, 5.24) is not used, since it cannot keep the contract
 of `workers/generator.py`. It draws on the device from one stream of random numbers for all requests, so that a draw
 depends on who shares the batch. Whether tokens are drawn or greedy is one setting for all. A request may set
-temperature, top-k and top-p; penalties, bias, grammars and whatever else looks at a request's text is dropped. It tells
-the drawn token's log-probability only, after temperature. Its loop is a thread of its own, which hears of an end that
-the text makes a step late. To take the drawing out of it is to replace private parts, and to lose the graphs and the
-overlap that it is fast by, since both include the drawing.
+temperature, top-k and top-p; what looks at a request's text (penalties, grammars) is dropped, or sees its last token
+only. It tells the drawn token's log-probability only, after temperature. Its loop is a thread of its own, which hears
+of an end that we see in a text a step late where steps overlap. To take the drawing out of it is to replace private
+parts, and to lose the graphs and the overlap that it is fast by, since both include the drawing.
 
 A row's logits do not depend on the texts beside it but for rounding: torch's products and sums are made in another
 order for another number of rows. Of random weights in a shape of 135M parameters on CPU, logits with a spread of 1.2
