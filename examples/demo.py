@@ -188,6 +188,7 @@ async def question_classes(
     """Ask in every class that the family has a certificate for, and exactly."""
     asked = []
     with fettle.load(family.directory) as local:
+        assert isinstance(local, LocalFamily)
         for level in [0.0, *sorted(point.certificate.alpha for point in family.manifest.points)]:
             wish = {"model": family.name, "max_disagreement": level or "exact"}
             with console.status(f"{len(rows)} requests of class {level or 'exact'}"):

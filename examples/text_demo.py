@@ -58,7 +58,7 @@ SPEED_WISH = {"temperature": 0, "ignore_eos": True, "max_tokens": SPEED_TOKENS}
 class TextDemoOptions:
     """`questions` are asked in each class, and texts streamed by each variant, by `streams` clients at a time.
 
-    `split_rows`: how many rows of each split `optimize` gets.
+    `split_rows`: how many rows of each split `optimize` gets; `recipes`: what it builds, None for what it chooses.
     """
 
     directory: Path
@@ -66,6 +66,7 @@ class TextDemoOptions:
     questions: int = 300
     streams: int = 16
     split_rows: Mapping[str, int] | None = None
+    recipes: Sequence[str] | None = None
 
 
 def run(options: TextDemoOptions, console: Console) -> tuple[list[AskedTexts], list[VariantSpeed]]:
@@ -104,6 +105,7 @@ def make_family(options: TextDemoOptions, console: Console) -> Family:
         prompt=SECTION_QUESTION,
         answer="labels",
         max_tokens=MOST_TOKENS,
+        recipes=None if options.recipes is None else list(options.recipes),
     )
     prompt = SECTION_QUESTION.replace("\n", "\\n")
     console.print(

@@ -131,7 +131,7 @@ def step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: Tensor,
     for group in optimizer.param_groups:
         group["lr"] = rate
     loss = mean_loss(model, ids)
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -208,7 +208,9 @@ def held_out_loss(out: Path, rows: Sequence[dict[str, str]], length: int) -> flo
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / MODEL)
     ids = tokenizer(conversations(rows), add_special_tokens=False).input_ids
     sequences = packed_ids([np.array(each) for each in ids], length)
-    return float(np.mean([float(mean_loss(model, part)) for part in sequences.split(16)]))
+    parts = [sequences[first : first + 16] for first in range(0, len(sequences), 16)]
+    losses = [float(mean_loss(model, part)) for part in parts]
+    return float(np.average(losses, weights=list(map(len, parts))))
 
 
 # What is written.
