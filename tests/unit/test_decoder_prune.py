@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fettle.errors import PassError
 from optimize.decoder_anatomy import dissect_decoder
+from optimize.decoder_graph import export_decoder
 from optimize.decoder_importance import decoder_importance
 from optimize.decoder_prune import (
     choose_evenly,
@@ -188,6 +189,14 @@ def test_passes_go_on_from_each_other_and_leave_the_original_alone(tmp_path: Pat
     assert torch.equal(logits(model), before)
     generated = again.generate(ids(), max_new_tokens=5, do_sample=False)
     assert generated.shape[1] > ids().shape[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gemma3", "smollm3"])
+def test_what_is_left_has_a_graph(name: str, tmp_path: Path):
+    model = tiny(name, num_key_value_heads=4, hidden_size=128)
+    small = keep_neurons(keep_kv_groups(keep_decoder_layers(model, [1, 2]), [[0, 3], [1, 2]]), [list(range(32))] * 2)
+    found = export_decoder(pool_kv_heads(small, 1), tmp_path / "model.onnx")
+    assert float(found["max_difference"]) < 1e-4
 
 
 def test_tied_embeddings_stay_tied_and_untied_ones_untied():
