@@ -212,7 +212,8 @@ def predict(
     """
     from contextlib import nullcontext
 
-    from fettle.local import load, predict_lines, share
+    from fettle.local import load, predict_lines
+    from fettle.promise import share
 
     tolerance = share(max_disagreement)
     source = file.open("rb") if file else nullcontext(sys.stdin.buffer)
@@ -287,8 +288,8 @@ def serve(
     from deployments.server import ServerOptions, running, wait_for_signal
     from deployments.welcome import welcome
     from fettle.config import ServeConfig
-    from fettle.local import EXACT, share
     from fettle.machine import usable_cores
+    from fettle.promise import EXACT, share
 
     level = share(max_disagreement)
     config = checked(

@@ -17,33 +17,21 @@ import numpy as np
 import orjson
 
 from fettle.answers import Floats, probabilities
+from fettle.config import TextConfig
 from fettle.errors import DataError, UsageError
 from fettle.family import Family, check_files
+from fettle.local_text import Generates, Generation, LocalTexts
 from fettle.manifest import Head, OperatingPoint, Step, Task, TaskKind
 from fettle.points import Answered, answer, check_steps, choose_point, whole
+from fettle.promise import EXACT, Bound, Tolerance, share
 from fettle.rows import Row
 from fettle.tokenizer import Text, Tokenizer
 
 if TYPE_CHECKING:
     from workers.engine import Device, Engine
 
-EXACT: Literal["exact"] = "exact"
 READ_BYTES = 1 << 18
 JSON_LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-
-Tolerance = float | Literal["exact"] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """What is certified: at most `alpha` of the answers differ from the reference's, at confidence 1 - `delta`.
-
-    `upper_bound` is the tighter figure that the same calibration rows give.
-    """
-
-    alpha: float
-    delta: float
-    upper_bound: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +62,10 @@ class _Way:
     bound: Bound | Literal["exact"] | None
 
 
-def load(path: Path | str, *, threads: int = 1, device: str = "cpu") -> LocalFamily:
-    """Open a family for prediction; variants are verified and loaded when they are first needed.
+def load(path: Path | str, *, threads: int = 1, device: str = "cpu") -> LocalFamily | LocalTexts:
+    """Open a family for prediction, or for `generate` where it generates text.
+
+    Variants are verified and loaded when they are first needed.
 
     Raises:
         FamilyError, IntegrityError: no intact family there.
@@ -85,18 +75,30 @@ def load(path: Path | str, *, threads: int = 1, device: str = "cpu") -> LocalFam
         raise UsageError(f"threads must be a whole number from 1, not {threads!r}", param="threads")
     match device:
         case "cpu" | "cuda":
-            return LocalFamily(Family.open(path), threads, device)
+            family = Family.open(path)
+            if family.manifest.task.kind is TaskKind.GENERATE:
+                return LocalTexts(checked(family), lambda variant: _generator(family, variant, threads, device))
+            return LocalFamily(checked(family), threads, device)
     raise UsageError(f"device must be cpu or cuda, not {device!r}", param="device")
+
+
+def checked(family: Family) -> Family:
+    """The family, if its tokenizer is intact and its points fit its variants.
+
+    Raises:
+        IntegrityError, FamilyError: one of these is not so.
+    """
+    for problem in check_files(family.directory, family.manifest.tokenizer_files):
+        raise problem
+    for point in family.manifest.points:
+        check_steps(point.steps, family.variants)
+    return family
 
 
 class LocalFamily:
     """An opened family with its engines. Made by `load`; close it, or use it in a `with` block."""
 
     def __init__(self, family: Family, threads: int, device: Device) -> None:
-        for problem in check_files(family.directory, family.manifest.tokenizer_files):
-            raise problem
-        for point in family.manifest.points:
-            check_steps(point.steps, family.variants)
         self.family = family
         self._threads, self._device = threads, device
         self._tokenizer = Tokenizer(family.tokenizer_path, family.manifest.tokenizer)
@@ -147,6 +149,19 @@ class LocalFamily:
             answered = answer(rows, way.steps, engines, self.family.manifest.task)
         return _predictions(answered, rows, way, self.family.manifest.task)
 
+    def read(self, content: Mapping[str, Any]) -> Text:
+        """An object with `text` and, for pairs, `pair`.
+
+        Raises:
+            DataError: it is none.
+        """
+        text, pair = content.get("text"), content.get("pair")
+        if not isinstance(text, str):
+            raise DataError('must be an object with a string "text"')
+        if pair is not None and not isinstance(pair, str):
+            raise DataError('"pair" must be a string')
+        return text if pair is None else (text, pair)
+
     def close(self) -> None:
         """Free the models; a second time does nothing."""
         with self._turn:
@@ -178,47 +193,27 @@ class LocalFamily:
         return self._engines[variant]
 
 
-def share(tolerance: float | str) -> float:
-    """A tolerance as a share in [0, 1]; "exact" is 0.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if tolerance == EXACT:
-        return 0.0
-    try:
-        value = float(tolerance)
-    except (TypeError, ValueError):
-        value = float("nan")
-    if not 0 <= value <= 1:
-        raise UsageError(
-            f"max_disagreement must be a share from 0 to 1, such as 0.01, or exact; not {tolerance!r}",
-            param="max_disagreement",
-        )
-    return value
-
-
 def predict_lines(
-    local: LocalFamily, source: BinaryIO, tolerance: Tolerance, variant: str | None, *, jsonl: bool
+    local: LocalFamily | LocalTexts, source: BinaryIO, tolerance: Tolerance, variant: str | None, *, jsonl: bool
 ) -> Iterator[bytes]:
     """Answer a stream of lines: for as many as have arrived, that many lines of JSON in one piece, and so on.
 
     A line is one text as it is, so an empty line is an empty text and has its answer too; with `jsonl` it is an object
-    with `text` and, for pairs, `pair`, and blank lines are errors like any other.
+    that the family's `read` takes, and blank lines are errors like any other.
 
     Raises:
         DataError: a line is not UTF-8, or not such an object; names the line. The lines before it were answered.
     """
     number = 0
     for lines in _arriving_lines(source):
-        texts: list[Text] = []
+        texts: list[Any] = []
         problem: DataError | None = None
         for line in lines:
             number += 1
             try:
-                texts.append(_text_of(line, number, jsonl=jsonl))
+                texts.append(_text_of(line, local, jsonl=jsonl))
             except DataError as error:
-                problem = error
+                problem = DataError(f"line {number}: {error.message}")
                 break
         predictions = local.predict(texts, tolerance, variant=variant)
         yield b"".join(orjson.dumps(as_json(prediction), option=JSON_LINE) for prediction in predictions)
@@ -226,10 +221,10 @@ def predict_lines(
             raise problem
 
 
-def as_json(prediction: Prediction) -> dict[str, Any]:
+def as_json(prediction: Prediction | Generation) -> dict[str, Any]:
     """The prediction as JSON has it; empty fields are left out, and vectors stay arrays."""
     bound = prediction.bound
-    fields = {name: getattr(prediction, name) for name in Prediction.__slots__}
+    fields = {name: getattr(prediction, name) for name in type(prediction).__slots__}
     fields["bound"] = asdict(bound) if isinstance(bound, Bound) else bound
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -247,22 +242,27 @@ def _arriving_lines(source: BinaryIO) -> Iterator[list[bytes]]:
         yield [rest.removesuffix(b"\r")]
 
 
-def _text_of(line: bytes, number: int, *, jsonl: bool) -> Text:
+def _text_of(line: bytes, local: LocalFamily | LocalTexts, *, jsonl: bool) -> Any:
     if not jsonl:
         try:
             return line.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"line {number}: not UTF-8 (byte {error.start}); convert the texts first") from None
+            raise DataError(f"not UTF-8 (byte {error.start}); convert the texts first") from None
     try:
         content = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise DataError(f"line {number}: not JSON ({error})") from None
-    if not isinstance(content, Mapping) or not isinstance(content.get("text"), str):
-        raise DataError(f'line {number}: must be an object with a string "text"')
-    pair = content.get("pair")
-    if pair is not None and not isinstance(pair, str):
-        raise DataError(f'line {number}: "pair" must be a string')
-    return content["text"] if pair is None else (content["text"], pair)
+        raise DataError(f"not JSON ({error})") from None
+    return local.read(content if isinstance(content, Mapping) else {})
+
+
+def _generator(family: Family, variant: str, threads: int, device: Device) -> Generates:
+    """A generator with the settings that replicas have by default."""
+    from workers.engine import EngineOptions, open_runner
+    from workers.generator import Generator
+
+    options, settings = EngineOptions(device=device, threads=threads), TextConfig()
+    runner = open_runner(family.variant_path(variant), options)
+    return Generator(runner, settings.cache_bytes, settings.slots)
 
 
 def _check_texts(texts: Sequence[Text]) -> None:

@@ -15,7 +15,6 @@ is right use it; certificates compare with the reference alone. Rows that are us
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -28,11 +27,11 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from fettle.chat import Chat, Message
 from fettle.config import DataFiles
-from fettle.errors import DataError, RequestError, UsageError
+from fettle.errors import DataError, RequestError
+from fettle.instruction import Instruction
 from optimize.data import Table, not_a_text, raise_if_broken, records
 
 ANSWER_COLUMNS: Final = ("answer", "completion")
-PLACEHOLDER: Final = re.compile(r"\{(\w+)\}")
 
 Record = Mapping[str, Any]
 Ids = NDArray[np.int32]
@@ -44,24 +43,6 @@ class Form(StrEnum):
     MESSAGES = "messages"
     PROMPT = "prompt"
     TEXT = "text"
-
-
-class Instruction:
-    """A prompt with places for columns, such as "Which language is this?\\n{text}"."""
-
-    def __init__(self, template: str) -> None:
-        """`template`: `\\n` written out, as it comes from a shell, is a line break.
-
-        Raises:
-            UsageError: there is no place for anything in it.
-        """
-        self.template = template.replace("\\n", "\n")
-        self.columns = list(dict.fromkeys(PLACEHOLDER.findall(self.template)))
-        if not self.columns:
-            raise UsageError("the prompt has no place for the text; write {text} where it goes", param="prompt")
-
-    def fill(self, record: Record) -> str:
-        return PLACEHOLDER.sub(lambda place: str(record[place[1]]), self.template)
 
 
 @dataclass

@@ -90,7 +90,7 @@ class Findings:
 
 def find_points(work: Work, variants: Mapping[str, VariantManifest], analysis: Analysis) -> Findings:
     """Search, certify and try operating points; without the splits for it, say for each level why there is none."""
-    findings = Findings(analysis=analysis, self_disagreement=_self_disagreement(variants[recipes.REFERENCE]))
+    findings = Findings(analysis=analysis, self_disagreement=self_disagreement(variants[recipes.REFERENCE]))
     missing = [name for name in ("validation", "calibration") if not work.has(name)]
     if missing or recipes.ONNX_REFERENCE not in variants:
         reason = (
@@ -190,7 +190,7 @@ def _stage_costs(variant: VariantManifest) -> tuple[float, ...]:
     return tuple(found.stage_cpu_ms) or (found.row_cpu_ms or 0.0,)
 
 
-def _self_disagreement(reference: VariantManifest) -> SelfDisagreement | None:
+def self_disagreement(reference: VariantManifest) -> SelfDisagreement | None:
     found = reference.measured
     if found is None:
         return None

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fettle.errors import PassError
-from fettle.extract import Extract, disagreements, loss_in_words
+from fettle.extract import Answer, Extract, disagreements, loss_in_words
 from fettle.manifest import (
     AnswerSpec,
     BatchInvariance,
@@ -45,11 +45,12 @@ LARGEST_NLL = 700.0
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """The reference's traces on the rows of `test`, and on the first rows of `validation` (none without that split)."""
+    """The reference's traces on the rows of `test`, its answers on the first rows of `validation` (none without that
+    split), and its perplexity."""
 
     test: Sequence[Trace]
-    tuning: Sequence[Trace]
-    perplexity: float | None
+    tuning: Sequence[Answer]
+    perplexity: float
 
 
 def measure_text(
@@ -72,10 +73,11 @@ def measure_text(
     found, rows = result.examined, work.rows("test")
     perplexity = _perplexity(found)
     reference = test if truth is None else truth.test
-    other = perplexity if truth is None or truth.perplexity is None else truth.perplexity
+    other = perplexity if truth is None else truth.perplexity
     tuned = None
     if tuning and truth is not None:
-        tuned = float(disagreements(_texts(tuning), _texts(truth.tuning), work.extract).mean())
+        pairs = zip(tuning, truth.tuning, strict=True)
+        tuned = float(np.mean([work.extract(trace.text) != answer for trace, answer in pairs]))
     costs = found.costs
     batching = batch_invariance(alone, test, work.extract, text_tracing.request_for(work, variant).slots)
     return Measurements(
@@ -136,10 +138,10 @@ def batch_invariance(
     )
 
 
-def right_share(traces: Sequence[Trace], right: Sequence[str | None] | None, extract: Extract) -> float | None:
+def right_share(texts: Sequence[str], right: Sequence[str | None] | None, extract: Extract) -> float | None:
     """Share of the rows with a right answer that are answered so; None without such rows."""
-    pairs = [] if right is None else list(zip(traces, right, strict=True))
-    known = [(trace.text, answer) for trace, answer in pairs if answer is not None]
+    pairs = [] if right is None else list(zip(texts, right, strict=True))
+    known = [(text, answer) for text, answer in pairs if answer is not None]
     if not known:
         return None
     return float(np.mean([extract(text) == extract(answer) for text, answer in known]))
@@ -188,8 +190,8 @@ def _quality(work: TextWork, test: Sequence[Trace], reference: Sequence[Trace], 
         loss=loss_in_words(answer),
         max_difference=max((_difference(*pair) for pair in zip(test, reference, strict=True)), default=0.0),
         metric_name=None if right is None else metric_name(answer),
-        metric=right_share(test, right, work.extract),
-        reference_metric=right_share(reference, right, work.extract),
+        metric=right_share(_texts(test), right, work.extract),
+        reference_metric=right_share(_texts(reference), right, work.extract),
     )
 
 

@@ -14,12 +14,12 @@ from fettle.chat import CONFIG_FILE, TEMPLATE_FILE, Chat
 from fettle.config import OptimizeConfig
 from fettle.errors import DataError
 from fettle.family import TOKENIZER_FILE, Family
-from fettle.manifest import Analysis
+from fettle.instruction import Instruction
 from fettle.store import write_atomic
 from optimize import finish
 from optimize.build import MEASURE_REFERENCE_SECONDS, MEASURE_SECONDS, build_step, measure_step
 from optimize.data import load_splits
-from optimize.decoder_data import Instruction, PromptReader, Prompts
+from optimize.decoder_data import Form, PromptReader, Prompts
 from optimize.decoder_load import DecoderReference
 from optimize.pipeline import READ, Outlook, Search, load, wanted_of, write_tokenizer
 from optimize.progress import Progress
@@ -27,6 +27,7 @@ from optimize.recipes import Recipe
 from optimize.report import write_report
 from optimize.text_answers import answer_spec, extract_for
 from optimize.text_build import TextBuilder
+from optimize.text_finish import find_text_points
 from optimize.text_recipes import text_unavailable
 from optimize.text_work import TextWork
 
@@ -44,7 +45,7 @@ def run_texts(config: OptimizeConfig, progress: Progress, elapsed: Callable[[], 
     builder = TextBuilder(work)
     missing = text_unavailable()
     notes = Search(work, builder, elapsed, Outlook(seconds_of, {}, missing)).run()
-    findings = finish.Findings(analysis=Analysis(notes=notes))
+    findings = find_text_points(work, builder, notes)
     not_built = [*wanted_of(config, missing), *builder.not_built]
     family = finish.write_family(work, builder.built, not_built, findings)
     write_report(family)
@@ -64,8 +65,9 @@ def read_work(config: OptimizeConfig, progress: Progress, reference: DecoderRefe
     spec = answer_spec(config.answer, splits)
     for warning in [*splits.warnings, *filter(None, [reader.warning])]:
         progress.warn(warning)
+    asked = "{text}" if reader.form is Form.TEXT else None
     task = reference.task.model_copy(
-        update={"answer": spec, "instruction": None if instruction is None else instruction.template}
+        update={"answer": spec, "instruction": asked if instruction is None else instruction.template}
     )
     work = TextWork(
         config,

@@ -21,6 +21,7 @@ from optimize.recipes import (
     reference_recipe,
     rewritten,
 )
+from optimize.workspace import CALIBRATION_TEXTS
 
 if TYPE_CHECKING:
     from optimize.search import State
@@ -64,17 +65,17 @@ def _export(bench: Bench) -> Notes:
 
 
 def _rows(bench: Bench) -> Notes:
-    from optimize.quantize_rows import quantize_rows_int8
+    from optimize.decoder_quantize import quantize_decoder_int8
 
-    return rewritten(bench, quantize_rows_int8)
+    return rewritten(bench, lambda old, new: quantize_decoder_int8(old, new, bench.calibration()))
 
 
 def _weights4(bench: Bench) -> Notes:
-    from optimize.quantize_weights import quantize_weights
+    from optimize.decoder_quantize import quantize_decoder_int4
 
-    return rewritten(bench, lambda old, new: quantize_weights(old, new, bits=4))
+    return rewritten(bench, lambda old, new: quantize_decoder_int4(old, new, bench.calibration()))
 
 
 EXPORT = Pass("export", _export, expected_seconds=5)
-ROWS = Pass("quantize", _rows, {"scheme": "rows"}, expected_seconds=5)
-WEIGHTS4 = Pass("quantize", _weights4, {"scheme": "weights4"}, expected_seconds=5)
+ROWS = Pass("quantize", _rows, {"scheme": "rows", "texts": CALIBRATION_TEXTS}, expected_seconds=20)
+WEIGHTS4 = Pass("quantize", _weights4, {"scheme": "weights4", "texts": CALIBRATION_TEXTS}, expected_seconds=40)

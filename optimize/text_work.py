@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from fettle.config import Effort
 from fettle.extract import Extract
-from fettle.manifest import VariantManifest
-from fettle.rows import Row
+from fettle.rows import Row, Rows
 from optimize.decoder_data import Ids, Prompts
 from optimize.decoder_load import DecoderReference
-from optimize.workspace import Work
+from optimize.workspace import CALIBRATION_TEXTS, Work
 
 # A text takes hundreds of times as long as an encoder's answer.
 ROW_LIMITS = {
@@ -28,16 +28,11 @@ ROW_LIMITS = {
 
 @dataclass
 class TextWork(Work):
-    """See `Work`. Rows are prompts; those that leave no room for a whole text are left out.
-
-    `stand_in`: a variant that gives the reference's own tokens, as far as it was tried, in a fraction of the time; it
-    generates the reference's texts on the splits that nothing is reported on.
-    """
+    """See `Work`. Rows are prompts; those that leave no room for a whole text are left out."""
 
     reference: DecoderReference
     prompts: Prompts
     extract: Extract
-    stand_in: VariantManifest | None = None
     _orders: dict[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -52,6 +47,12 @@ class TextWork(Work):
     def rows(self, split: str) -> list[Row]:
         self.order(split)
         return self._rows[split]
+
+    @cached_property
+    def calibration_rows(self) -> Rows:
+        """Whole texts that ranges of activations are taken from; never those that certificates come from."""
+        split = next((name for name in ("train", "validation") if self.has(name)), "test")
+        return Rows.of([Row(ids) for ids in self.texts(split, CALIBRATION_TEXTS)])
 
     def right_answers(self, split: str) -> list[str | None] | None:
         """What the data say is right, row by row, where they say anything."""
