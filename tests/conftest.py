@@ -37,7 +37,7 @@ TEXT_VARIANTS = [FakeVariant("bf16", ms_per_call=5), FakeVariant("int4", ms_per_
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n`: what uses a service on Ray, or times things, stays in one process; else a file's tests stay together."""
+    """For `-n`: what uses a service on Ray stays in one process; of unit tests, a file's stay together."""
     for item in items:
         folder, name = item.path.parent.name, item.path.name
         item.add_marker(pytest.mark.xdist_group("unit/" + name if folder == "unit" else "service"))
