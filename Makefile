@@ -12,7 +12,7 @@ check:
 
 # Everything, as in README.md. Tests that need a GPU skip with a reason where there is none.
 test:
-	pytest -n 2 --dist loadgroup
+	pytest -n 2
 
 bench:
 	python -m benchmarks.encoder_serving

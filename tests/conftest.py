@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from fettle.config import BatchConfig, FamilyConfig, ReplicaConfig, ServeConfig
 from tests.fakes import FakeVariant, classify_task, embed_task, make_fake_family, token_id
@@ -35,12 +37,16 @@ TASKS = {"sections": classify_task(), "emb": embed_task(16)}
 TEXT_VARIANTS = [FakeVariant("bf16", ms_per_call=5), FakeVariant("int4", ms_per_call=2)]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """For `-n`: what uses a service on Ray stays in one process; of unit tests, a file's stay together."""
-    for item in items:
-        folder, name = item.path.parent.name, item.path.name
-        item.add_marker(pytest.mark.xdist_group("unit/" + name if folder == "unit" else "service"))
+    return ByService(config, log)
+
+
+class ByService(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return path if path.startswith("tests/unit/") else "service"
 
 
 @pytest.fixture
