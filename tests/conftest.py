@@ -40,6 +40,8 @@ TEXT_VARIANTS = [FakeVariant("bf16", ms_per_call=5), FakeVariant("int4", ms_per_
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """For `-n`: what uses a service on Ray stays in one process; of unit tests, a file's stay together."""
+    # The services take longest, so they go first, and not by how many tests there are.
+    config.option.loadscopereorder = False
     return ByService(config, log)
 
 
