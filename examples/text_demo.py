@@ -203,7 +203,7 @@ def _promise(told: Json) -> str:
         case "none":
             return f"by {told['variant']}"
         case bound:
-            return f"by {told['point']}, certified to differ in at most {bound:.2%}"
+            return f"by {told['point']} (at most {bound:.2%} differ)"
 
 
 async def ask_every_way(
@@ -217,9 +217,10 @@ async def ask_every_way(
     for level in sorted(point.certificate.alpha for point in family.manifest.points):
         ways[f"at most {100 * level:g} %"] = {**greedy, "max_disagreement": level}
     ways["own early stop"] = {**greedy, "max_disagreement": "exact", "early_stop": OWN_STOP}
+    # Of the variant that is as the original and the fastest of those: a vote takes many texts.
     ways[f"vote of {CANDIDATES}"] = {
-        **greedy,
-        **{"max_disagreement": "exact", "temperature": VOTE_TEMPERATURE, "n": CANDIDATES, "answers": "vote", "seed": 0},
+        **{"model": f"{NAME}:{family.manifest.default}", "max_tokens": MOST_TOKENS},
+        **{"temperature": VOTE_TEMPERATURE, "n": CANDIDATES, "answers": "vote", "seed": 0},
     }
     asked = []
     for name, wish in ways.items():

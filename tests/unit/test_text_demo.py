@@ -91,7 +91,7 @@ async def test_what_is_asked_and_shown(family: Family, url: str):
     said = console.file.getvalue()
     assert max(map(len, said.splitlines())) <= 80
     assert "…" not in said
-    assert "by within-0.05, certified to differ in at most 4.10%; the archive says net" in " ".join(said.split())
+    assert "by within-0.05 (at most 4.10% differ); the archive says net" in " ".join(said.split())
     assert "own early stop: early_answer 100%; 18% of the tokens saved." in said
     assert "vote of 8: 5.0 candidates were drawn on average" in said
 
