@@ -154,7 +154,7 @@ class PromptReader:
         named = {**record, "text": record.get(files.text_column, record.get("text"))}
         if self.instruction is None:
             return _text(named["text"])
-        values = {name: _text(named.get(name)) for name in self.instruction.columns}
+        values = {name: _text(_written(named.get(name))) for name in self.instruction.columns}
         return None if None in values.values() else self.instruction.fill(values)
 
     def _render(self, messages: Sequence[Message]) -> str:
@@ -199,8 +199,13 @@ def _answer(record: Record, files: DataFiles) -> str | None:
             # A completion as a conversation goes on.
             value = value[-1].get("content")
         if value is not None and value != "":
-            return str(value) if isinstance(value, int | float) else _text(value, f"the {column}")
+            return _text(_written(value), f"the {column}")
     return None
+
+
+def _written(value: Any) -> Any:
+    """A number as it is written."""
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:

@@ -84,6 +84,8 @@ def test_an_instruction_makes_a_prompt_of_a_text(tmp_path: Path):
 def test_an_instruction_may_name_any_column(tmp_path: Path):
     table = read(tmp_path, {"body": "x", "to": "fr"}, prompt="{text} in {to}", text_column="body", chat=None)
     assert table.texts == ["x in fr"]
+    table = read(tmp_path, {"text": "x", "n": 5}, prompt="{n} times {text}", chat=None)
+    assert table.texts == ["5 times x"]
     table = read(tmp_path, {"question": "why?"}, prompt="Q: {question}", chat=None)
     assert table.texts == ["Q: why?"]
 
