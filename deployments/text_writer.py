@@ -55,7 +55,8 @@ class Writer:
     def bit(self, step: Step) -> Bit:
         """What a step gave, once `see` has seen its tokens."""
         if step.finish is not None and self._stops.matched is None:
-            self._add(self._stops.push(self._stream.finish()))
+            if not step.finish.early:
+                self._add(self._stops.push(self._stream.finish()))
             self._add(self._stops.finish())
         text, tokens = self._take()
         return Bit(

@@ -56,6 +56,11 @@ class Finish(StrEnum):
     EARLY_VOTE = "early_vote"
     ESCALATED = "escalated"
 
+    @property
+    def early(self) -> bool:
+        """Whether it was stopped before its own end; of a character that is incomplete there, nothing is shown."""
+        return self in (Finish.EARLY_END, Finish.EARLY_ANSWER, Finish.EARLY_VOTE, Finish.ESCALATED)
+
 
 @dataclass(frozen=True, slots=True)
 class Token:

@@ -309,7 +309,9 @@ class Attempt:
         self.drawn = len(self._tokens) + (told.end is not None)
         early = self.watch is not None and self.watch.finish is told.finish
         kept = self._tokens[: self.watch.kept] if early and self.watch is not None else self._tokens
-        self.text = "".join(self.stream.push(token.id) for token in kept) + self.stream.finish()
+        self.text = "".join(self.stream.push(token.id) for token in kept)
+        if not told.finish.early:
+            self.text += self.stream.finish()
         score = None if self.step.text is None else self.step.text.score
         if score is not None:
             ended = self._tokens[-1].end if told.finish is Finish.EARLY_END else math.nan

@@ -151,9 +151,7 @@ def replay_steps(traces: Sequence[Trace], steps: Sequence[Step], extract: Extrac
 
 
 def text_after(trace: Trace, kept: int) -> str:
-    """The text of the first `kept` tokens, all of it where these are all."""
-    if kept == len(trace.ids):
-        return trace.text
+    """The text that was stopped early after `kept` tokens: whole characters only, as the service shows it."""
     return trace.text[: int(trace.ends[kept - 1])] if kept else ""
 
 

@@ -133,6 +133,10 @@ class Builder:
         """The reference with the student in its place."""
         return replace(self.work.reference, model=student.scorer)
 
+    def recipe_parts(self) -> dict[str, object]:
+        """What a variant depends on beside its recipe and the model; plain JSON."""
+        return {}
+
     def exam_parts(self) -> dict[str, object]:
         """What measurements depend on beside the variant and the machine; plain JSON."""
         work = self.work
@@ -164,6 +168,7 @@ class Builder:
             recipe=[recipe.id, [[step.name, step.parameters] for step in recipe.passes]],
             parent=parent.fingerprint if parent else None,
             student=student.fingerprint if student else None,
+            **self.recipe_parts(),
         )
 
     def _measure(self, manifest: VariantManifest) -> VariantManifest:

@@ -193,6 +193,7 @@ def facts_of(work: Work) -> Facts:
         shared=work.reference.shares_layers,
         splits=splits,
         effort=work.config.effort,
+        kv_heads=work.reference.decoder.kv_heads if work.reference.decoder is not None else 0,
     )
 
 

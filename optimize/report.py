@@ -12,6 +12,7 @@ from fettle.store import write_atomic
 from optimize import report_about as about
 from optimize import report_model as model
 from optimize import report_sections as sections
+from optimize import report_text as text
 from optimize.report_facts import Facts, gather
 from optimize.report_html import Html, paragraph, tag
 from optimize.report_words import evidence, result, task_in_words
@@ -25,6 +26,7 @@ PARTS = (
     ("inside", "What matters inside the model", model.inside),
     ("scores", "Can the scores be trusted?", model.scores),
     ("labels", "Where answers differ", model.labels),
+    ("texts", "What the variants write", text.texts),
     ("vectors", "How close the vectors stay", model.vectors),
     ("missing", "What is not here, and why", about.missing),
     ("search", "What the search decided", about.search),

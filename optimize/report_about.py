@@ -104,6 +104,8 @@ def command(facts: Facts) -> Section:
 
 def _measuring(facts: Facts, found: Measurements) -> Html:
     threads = f"{found.latency.threads} thread" + "s" * (found.latency.threads > 1)
+    if found.quality.text is not None:
+        return _writing(facts, found, threads)
     return paragraph(
         f"Every variant ran alone in a process of its own, on the engine that serves it, with {threads}, over "
         f"{found.quality.rows:,} test rows (median {found.typical_length} tokens): alone, and in mixed batches of "
@@ -111,6 +113,18 @@ def _measuring(facts: Facts, found: Measurements) -> Html:
         f"Costs are {facts.cost_name} for a row on average, in the batch size that suits the variant best; an "
         "operating point and the original beside it were measured in one run. Memory is the peak of the variant’s "
         "process. Figures from other hardware would be different."
+    )
+
+
+def _writing(facts: Facts, found: Measurements, threads: str) -> Html:
+    return paragraph(
+        f"Every variant ran alone in a process of its own, on the engine that serves it, with {threads}: greedy texts "
+        f"of {found.quality.rows:,} test rows (median {found.typical_length} tokens, prompt and half of the text) in "
+        f"{found.batching.batch} slots, each refilled as soon as a text ends, and the first {found.batching.rows:,} "
+        f"again one by one. Counted as another answer: {found.quality.loss}, beside the texts that the original writes "
+        f"in torch and float32. Costs are {facts.cost_name} for a whole text on average, in full slots; those of an "
+        "operating point follow from the tokens that it reads and writes. Memory is the peak of the variant’s process, "
+        "keys and values included. Figures from other hardware would be different."
     )
 
 

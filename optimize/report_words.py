@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic import JsonValue
 
+from fettle.extract import loss_in_words
 from fettle.manifest import Level, Measurements, OperatingPoint, PassRecord, Runtime, TaskKind
 from optimize.report_facts import Facts, Lever, Tried, lever_of_pass
 from optimize.report_html import ABSENT, fixed, percent_of, times, whole
@@ -32,6 +33,7 @@ DONE_BY_NAME = {
     "prune-heads-and-neurons": "least important heads and neurons removed",
     "prune-layers": "least influential layers removed",
     "quantize-embeddings": "embeddings quantized",
+    "reshape-heads": "heads of keys and values merged",
     "share": "layers made to share weights",
     "share-layers": "layers made to share weights",
     "shrink-width": "made narrower",
@@ -51,6 +53,8 @@ NOTHING_GAINED = 0.95
 
 def task_in_words(facts: Facts) -> str:
     task = facts.manifest.task
+    if task.kind is TaskKind.GENERATE:
+        return "texts" if task.answer is None else f"texts; another answer is {loss_in_words(task.answer)}"
     if task.kind is TaskKind.EMBED:
         return f"embeddings of {task.width} numbers"
     head = task.head.value.replace("_", "-") if task.head is not None else "classification"

@@ -66,6 +66,7 @@ class Facts:
     shared: bool
     splits: frozenset[str]
     effort: Effort
+    kv_heads: int = 0
 
     @property
     def trains(self) -> bool:

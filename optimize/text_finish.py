@@ -14,7 +14,7 @@ import numpy as np
 from fettle.config import OptimizeConfig
 from fettle.drift import score_bins
 from fettle.errors import PassError
-from fettle.extract import Answer
+from fettle.extract import Answer, FunctionAnswer
 from fettle.findings import Gate, Level, OperatingPoint, Outcome, Step
 from fettle.manifest import Analysis, Runtime, VariantManifest
 from fettle.text_trace import replay_steps
@@ -54,6 +54,8 @@ def find_text_points(work: TextWork, builder: TextBuilder, notes: Sequence[str])
             "validation": builder.answers("validation"),
             "calibration": builder.answers("calibration"),
         },
+        # The service imports no function of the user's.
+        stops_at_answers=not isinstance(work.reference.task.answer, FunctionAnswer),
     )
     with work.progress.step(CERTIFY) as report:
         certified = certify_texts(problem, sorted(work.config.levels), work.config.delta, report=report)

@@ -16,7 +16,7 @@ from fettle.errors import DataError
 from fettle.family import TOKENIZER_FILE, Family
 from fettle.instruction import Instruction
 from fettle.store import write_atomic
-from optimize import finish
+from optimize import finish, recipes
 from optimize.build import MEASURE_REFERENCE_SECONDS, MEASURE_SECONDS, build_step, measure_step
 from optimize.data import load_splits
 from optimize.decoder_data import Form, PromptReader, Prompts
@@ -27,9 +27,14 @@ from optimize.recipes import Recipe
 from optimize.report import write_report
 from optimize.text_answers import answer_spec, extract_for
 from optimize.text_build import TextBuilder
-from optimize.text_finish import find_text_points
-from optimize.text_recipes import text_unavailable
+from optimize.text_finish import SPLITS, find_text_points
+from optimize.text_recipes import INT4, INT8, text_unavailable
+from optimize.text_tracing import trace_step
 from optimize.text_work import TextWork
+from optimize.train import training_step
+
+# First guesses, of a small language model on one core.
+REFERENCE_PER_SECOND, WRITTEN_PER_SECOND, TRAINED_PER_SECOND, CERTIFYING_SECONDS = 30.0, 80.0, 30.0, 20.0
 
 
 def run_texts(config: OptimizeConfig, progress: Progress, elapsed: Callable[[], float]) -> Family:
@@ -44,7 +49,9 @@ def run_texts(config: OptimizeConfig, progress: Progress, elapsed: Callable[[], 
     write_chat(config, work.reference)
     builder = TextBuilder(work)
     missing = text_unavailable()
-    notes = Search(work, builder, elapsed, Outlook(seconds_of, {}, missing)).run()
+    notes = Search(
+        work, builder, elapsed, Outlook(lambda recipe: seconds_of(work, recipe), seconds_beside(work), missing)
+    ).run()
     findings = find_text_points(work, builder, notes)
     not_built = [*wanted_of(config, missing), *builder.not_built]
     family = finish.write_family(work, builder.built, not_built, findings)
@@ -97,7 +104,22 @@ def write_chat(config: OptimizeConfig, reference: DecoderReference) -> None:
     write_atomic(folder / CONFIG_FILE, json.dumps(reference.chat.special_tokens, indent=2, sort_keys=True).encode())
 
 
-def seconds_of(recipe: Recipe) -> dict[str, float]:
-    """A first guess."""
+def seconds_of(work: TextWork, recipe: Recipe) -> dict[str, float]:
+    """A first guess of a recipe's steps."""
     measuring = MEASURE_REFERENCE_SECONDS if recipe.parent is None else MEASURE_SECONDS
-    return {build_step(recipe.id): recipe.expected_seconds, measure_step(recipe.id): measuring}
+    steps = {build_step(recipe.id): recipe.expected_seconds, measure_step(recipe.id): measuring}
+    if recipe.plan is not None and work.has("train"):
+        for number, change in enumerate(recipe.plan.rounds, start=1):
+            steps[training_step(recipe.plan, number)] = change.epochs * len(work.order("train")) / TRAINED_PER_SECOND
+    return steps
+
+
+def seconds_beside(work: TextWork) -> dict[str, float]:
+    """Of the steps that belong to no recipe: the variants' texts that certificates are made from."""
+    if not work.has(*SPLITS):
+        return {}
+    rows = {split: len(work.order(split)) for split in SPLITS}
+    steps = {trace_step(recipes.REFERENCE, split): count / REFERENCE_PER_SECOND for split, count in rows.items()}
+    for name in (recipes.ONNX_REFERENCE, INT8, INT4):
+        steps |= {trace_step(name, split): count / WRITTEN_PER_SECOND for split, count in rows.items()}
+    return {**steps, finish.CERTIFY: CERTIFYING_SECONDS, finish.TRY_POINTS: 2.0}

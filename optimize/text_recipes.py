@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fettle.config import Effort
 from fettle.errors import PassError
 from fettle.manifest import NotBuilt, Precision, Runtime
 from optimize.recipes import (
@@ -16,7 +17,9 @@ from optimize.recipes import (
     Bench,
     Notes,
     Pass,
+    Plan,
     Recipe,
+    Round,
     from_parent,
     reference_recipe,
     rewritten,
@@ -24,19 +27,51 @@ from optimize.recipes import (
 from optimize.workspace import CALIBRATION_TEXTS
 
 if TYPE_CHECKING:
-    from optimize.search import State
+    from optimize.search import Facts, State
 
 CUDA_RECIPES = ("torch-bf16-cuda", "torch-int8-cuda", "torch-fp8-cuda", "torch-int4-cuda")
 INT8, INT4 = "onnx-int8", "onnx-int4"
+# A round that `optimize.decoder_train` knows.
+SHRINK = "shrink"
 
 
 def text_agenda(state: State) -> Iterator[Recipe]:
     """All recipes in the order of trying; parents before children, cheap ones before dear ones."""
-    del state
     yield reference_recipe()
     yield Recipe(ONNX_REFERENCE, Runtime.ONNX, Precision.FP32, (EXPORT,))
     yield Recipe(INT8, Runtime.ONNX, Precision.INT8, (from_parent(ROWS),), parent=ONNX_REFERENCE)
     yield Recipe(INT4, Runtime.ONNX, Precision.INT4, (from_parent(WEIGHTS4),), parent=ONNX_REFERENCE)
+    if state.facts.trains and state.facts.effort is not Effort.QUICK:
+        yield from map(student_recipe, plans(state.facts))
+
+
+def plans(facts: Facts) -> Iterator[Plan]:
+    """Students, those with little to make up for first."""
+    thorough = facts.effort is Effort.THOROUGH
+    layers, epochs = facts.layers, 2.0 if thorough else 1.0
+    if layers > 2:
+        kept = layers - max(1, layers // 3)
+        yield Plan(f"pruned-layers-{kept}", (Round(SHRINK, {"layers": kept}, epochs),))
+    yield Plan("pruned-neurons-50", (Round(SHRINK, {"neurons": 0.5}, epochs),))
+    if layers > 1:
+        half = layers // 2
+        yield Plan(f"distilled-{half}", (Round(SHRINK, {"layers": half}, 2 * epochs),))
+        if thorough:
+            yield Plan(f"distilled-{half}-narrow", (Round(SHRINK, {"layers": half, "neurons": 0.5}, 3 * epochs),))
+    if thorough and facts.kv_heads > 1 and facts.kv_heads % 2 == 0:
+        yield Plan("merged-heads", (Round(SHRINK, {"pooled": facts.kv_heads // 2}, epochs),))
+
+
+def student_recipe(plan: Plan) -> Recipe:
+    """A student's graph in int8, which costs least of the schemes where many texts are written at once."""
+    return Recipe(
+        f"{plan.id}-int8",
+        Runtime.ONNX,
+        Precision.INT8,
+        (EXPORT, ROWS),
+        plan=plan,
+        needs=("train", "validation"),
+    )
 
 
 def text_unavailable() -> list[NotBuilt]:

@@ -163,10 +163,11 @@ class Table:
         for trace, truth in zip(self.traces, self._reference, strict=True):
             first.append(len(sure))
             for found, kept, drawn in (*_rising(trace, stop, self._extract), (np.inf, len(trace.ids), trace.drawn)):
-                finish = trace.finish if found == np.inf else _finish_of(stop)
+                whole = found == np.inf
+                text, finish = (trace.text, trace.finish) if whole else (text_after(trace, kept), _finish_of(stop))
                 sure.append(found)
                 places.append((kept, drawn))
-                wrong.append(self._extract(text_after(trace, kept)) != truth)
+                wrong.append(self._extract(text) != truth)
                 features.append(all_features(features_of(trace, kept, finish)))
         kept_drawn = np.array(places, np.int64)
         ends = Ends(kept_drawn[:, 0], kept_drawn[:, 1], np.array(wrong), np.array(features, np.float64))

@@ -13,6 +13,7 @@ import numpy as np
 
 from fettle.config import Effort
 from fettle.extract import Extract
+from fettle.manifest import Task
 from fettle.rows import Row, Rows
 from optimize.decoder_data import Ids, Prompts
 from optimize.decoder_load import DecoderReference
@@ -68,6 +69,11 @@ class TextWork(Work):
         ends = [np.array([] if end is None or not len(each) else [end], np.int32) for each in found]
         limit = self.reference.decoder.context
         return [np.concatenate(parts)[:limit] for parts in zip(ids, found, ends, strict=True)]
+
+    @property
+    def fingerprinted_task(self) -> Task:
+        """What is read from texts does not matter to what is made of the model."""
+        return self.reference.task.model_copy(update={"answer": None, "instruction": None})
 
     def fingerprint_of_rows(self, splits: Sequence[str]) -> dict[str, object]:
         """What decides which prompts there are; plain JSON."""

@@ -166,13 +166,17 @@ class Work:
 
     # Fingerprints.
 
+    @property
+    def fingerprinted_task(self) -> Task:
+        return self.reference.task
+
     def fingerprint_of(self, **parts: object) -> str:
         """Over what is given, the model, the task, the seed and the versions of the libraries."""
         return fingerprint_of(
             fettle=__version__,
             schema=SCHEMA_VERSION,
             source=self.reference.source.sha256,
-            task=self.reference.task.model_dump(mode="json"),
+            task=self.fingerprinted_task.model_dump(mode="json"),
             seed=self.config.seed,
             libraries=self.hardware.versions,
             **parts,

@@ -67,7 +67,7 @@ def weights(student: TextStudent) -> list[torch.Tensor]:
 
 def test_a_plan_is_carried_out_round_by_round_and_kept(school: School, monkeypatch: pytest.MonkeyPatch):
     student = make_text_student(school, PLAN)
-    assert [record.name for record in student.passes] == ["shrink", "distill", "distill"]
+    assert [record.name for record in student.passes] == ["prune", "distill", "distill"]
     shape = student.passes[0]
     assert shape.parameters == SMALL
     assert len(shape.notes["kept"]) == 2
