@@ -92,6 +92,12 @@ def summary(variant: VariantManifest) -> dict[str, Any]:
             "metric_name": found.quality.metric_name,
             "metric": found.quality.metric,
         }
+        if found.quality.text is not None:
+            row |= {
+                "text": found.quality.text.model_dump(mode="json"),
+                "prompt_token_cpu_ms": found.prompt_token_cpu_ms,
+                "decode_token_cpu_ms": found.decode_token_cpu_ms,
+            }
     return row
 
 

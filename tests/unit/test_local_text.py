@@ -242,6 +242,20 @@ def test_prompts_are_strings_conversations_or_ids(family: Family, local: LocalTe
     assert local.predict([], 0.1) == []
 
 
+def test_rows_are_read_as_the_data_had_them(family: Family, local: LocalTexts) -> None:
+    assert local.read({"text": "abc"}) == [{"role": "user", "content": "Say abc"}]
+    task = family.manifest.task.model_copy(update={"instruction": None})
+    write_manifest(family.directory / FAMILY_FILE, family.manifest.model_copy(update={"task": task}))
+    said = [{"role": "user", "content": "abc"}]
+    with opened(family) as bare:
+        assert bare.read({"messages": said, "text": "abc"}) == said
+        assert bare.read({"prompt": "abc"}) == bare.read({"text": "abc"}) == "abc"
+        with pytest.raises(DataError, match='"messages", or a string "prompt" or "text"'):
+            bare.read({"prompt": 3})
+        (told,) = bare.predict(["<user>Say abc<assistant>"], variant="onnx-fp32")
+    assert [told] == local.predict(["abc"], variant="onnx-fp32")
+
+
 def test_texts_are_as_long_as_those_that_were_certified(local: LocalTexts) -> None:
     assert max(told.tokens for told in local.predict(TEXTS, variant="onnx-fp32")) == TOKENS
     assert [told.tokens for told in local.generate(["abc"], variant="onnx-fp32", max_tokens=3)] == [3]

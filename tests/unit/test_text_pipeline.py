@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from fettle.chat import ChatTemplate
 from fettle.cli import app
 from fettle.config import OptimizeConfig
+from fettle.display import as_json, print_table
 from fettle.family import Family
 from fettle.manifest import Runtime
 from fettle.text_trace import Trace
@@ -137,6 +139,18 @@ def test_the_report_shows_what_is_written_and_how_fast(made: tuple[OptimizeConfi
     assert found.quality.text is not None
     assert f"{found.quality.text.perplexity:,.3f}" in page.texts["texts"]
     assert "torch and float32" in page.texts["method"]
+
+
+def test_it_is_shown_as_a_family_of_texts(made: tuple[OptimizeConfig, Family]) -> None:
+    _, family = made
+    row = as_json(family)["variants"][1]
+    assert row["text"]["identical_texts"] == 1
+    assert row["decode_token_cpu_ms"] >= 0
+    console = Console(record=True, width=100, file=io.StringIO())
+    print_table(family, console)
+    shown = console.export_text()
+    assert "texts" in shown.splitlines()[0]
+    assert all(name in shown for name in QUICK)
 
 
 # What is kept.
