@@ -28,6 +28,7 @@ from fettle.errors import EngineError, FamilyError
 from fettle.manifest import DecoderSpec, VariantManifest
 from workers.decoder import Floats, Ids
 from workers.engine import EngineOptions
+from workers.huge_pages import use_huge_pages
 from workers.key_values import DeviceMemory, HostMemory, KeyValues
 from workers.onnx_encoder import MODEL_FILE, ORT_ERRORS, open_session
 
@@ -36,6 +37,8 @@ KINDS: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(floa
 CALL_TOKENS = 128
 WARM_UP_TOKENS = 32
 WARM_UP_SLOTS = 8
+# Smaller graphs stay in the caches, where pages matter less than the time it takes to move them.
+LARGE_BYTES = 32 << 20
 
 
 class GraphRunner:
@@ -49,6 +52,8 @@ class GraphRunner:
             FamilyError: ONNX Runtime cannot load the graph, or it is no decoder.
         """
         self._session: ort.InferenceSession | None = open_session(path, options, spin=True)
+        if options.device == "cpu" and _weight_bytes(path) >= LARGE_BYTES:
+            use_huge_pages()
         self._spec = spec
         kind, self._vocabulary = _kind_and_vocabulary(self._session, path)
         size = np.dtype(kind).itemsize
@@ -165,6 +170,11 @@ class OnnxDecoder(GraphRunner):
             raise FamilyError(f"variant {manifest.id!r} has no `decoder` in its manifest, so it generates no text")
         super().__init__(directory / MODEL_FILE, manifest.decoder, options)
         self.manifest = manifest
+
+
+def _weight_bytes(path: Path) -> int:
+    """Of a graph, and of the second file that graphs beyond 2 GB keep their weights in."""
+    return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
 
 
 def _kind_and_vocabulary(session: ort.InferenceSession, path: Path) -> tuple[type[np.floating], int]:
