@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -320,3 +321,14 @@ def test_a_point_in_words():
 def test_the_reference_answers_by_its_whole_texts():
     assert problem_of(3, 4).answers("validation") == [EXTRACT(trace.text) for trace in population(7)[REFERENCE][:3]]
     assert all(answer.found for answer in problem_of(3, 4).answers("calibration"))
+
+
+def test_errors_are_counted_against_the_truth_where_the_reference_only_stands_for_it():
+    problem = problem_of(30, 60)
+    truth = problem.answers("calibration")
+    truth[:7] = [replace(answer, value=f"{answer.value}!") for answer in truth[:7]]
+    told = replace(problem, truth={"validation": problem.answers("validation"), "calibration": truth})
+    alone = (Step(variant=REFERENCE, gates=[Gate(threshold=0.0)]),)
+    assert not evaluate(alone, tables_of(problem, "calibration")).wrong.any()
+    assert evaluate(alone, tables_of(told, "calibration")).wrong.tolist() == [True] * 7 + [False] * 53
+    assert not evaluate(alone, tables_of(told, "validation")).wrong.any()
