@@ -15,14 +15,17 @@ from tests.integration.service import KEPT
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-QUESTIONS, STREAMS = 24, 4
-# As the command does it, on so few rows that no level can be certified at 1 %.
+QUESTIONS, STREAMS = 16, 4
+# As the command does it, on so few rows that 1 and 2 % are out of reach, and with rough timings.
 SMALL_DEMO = f"""
 import json, sys
 from pathlib import Path
 from rich.console import Console
+from examples import text_demo
 from examples.text_demo import TextDemoOptions, figures
-rows = {{"train": 32, "validation": 96, "calibration": 96, "test": 48}}
+from optimize import text_measure
+text_measure.LATENCY_SECONDS, text_demo.ALONE_REQUESTS = 0.3, 3
+rows = {{"train": 32, "validation": 64, "calibration": 64, "test": 32}}
 options = TextDemoOptions(Path(sys.argv[1]), int(sys.argv[2]), {QUESTIONS}, {STREAMS}, rows, ["onnx-int8"])
 print(json.dumps(figures(options, Console())))
 """
@@ -33,7 +36,8 @@ def test_from_the_checkpoint_to_streams_of_text(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     *told, last = done.stdout.splitlines()
-    assert max(map(len, told)) <= 80
+    # Commands are not broken, so that they can be copied.
+    assert max(len(line) for line in told if "fettle s" not in line) <= 80
     found = json.loads(last)
     ways = {way["wish"]: way for way in found["classes"]}
     exact = ways["exact"]
