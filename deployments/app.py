@@ -32,7 +32,8 @@ from deployments.text_variant import ReplicaStreams, TextOptions, TextVariant
 from deployments.variant import Followed, ReplicaSlots, Variant, follow_replicas
 from deployments.watch import Watch
 from fettle import latency, policy
-from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig
+from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig, TextConfig
+from fettle.drafting import choose_draft
 from fettle.errors import UsageError
 from fettle.family import Family
 from fettle.latency import TextCosts
@@ -172,7 +173,9 @@ def deployment(name: str, family: Family, variant: str, settings: ServeConfig) -
     directory, nice = str(family.variant_path(variant).resolve()), niceness(family, variant, config)
     generates = manifest.task.kind is TaskKind.GENERATE
     kind: Any = TextVariant if generates else Variant
-    text = TextOptions(engine, settings.text, str(family.tokenizer_path.resolve()), nice)
+    draft = draft_of(family, variant, settings.text) if generates else None
+    guesses = None if draft is None else str(family.variant_path(draft).resolve())
+    text = TextOptions(engine, settings.text, str(family.tokenizer_path.resolve()), nice, guesses)
     bound: Application = kind.options(
         name=deployment_name(name, variant),
         max_ongoing_requests=settings.text.slots + settings.text.waiting if generates else config.places,
@@ -195,6 +198,20 @@ def deployment(name: str, family: Family, variant: str, settings: ServeConfig) -
         graceful_shutdown_timeout_s=20.0,
     ).bind(directory, *([text] if generates else [engine, nice]))
     return bound
+
+
+def draft_of(family: Family, variant: str, config: TextConfig) -> str | None:
+    """The variant whose guesses `variant` checks, if any."""
+    if config.draft == "auto":
+        return choose_draft(family.variants, variant)
+    if config.draft == "off" or config.draft == variant:
+        return None
+    if config.draft not in family.variants:
+        known = ", ".join(family.variants)
+        raise UsageError(
+            f"text.draft: family {family.name!r} has no variant {config.draft!r}; use one of {known}, or auto"
+        )
+    return config.draft
 
 
 def niceness(family: Family, variant: str, config: ReplicaConfig) -> int:

@@ -20,20 +20,24 @@ from deployments.variant import losses
 from fettle.config import TextConfig
 from fettle.detokenize import Detokenizer
 from fettle.errors import FettleError
-from fettle.manifest import Precision
+from fettle.manifest import Precision, VariantManifest
 from workers.engine import EngineOptions, open_runner
 from workers.generator import Generator
-from workers.speculation import PromptLookup, Speculation
+from workers.speculation import Drafter, DraftModel, PromptLookup, Speculation
+
+# Of a replica's memory for keys and values, what the draft model's one text may take, at most: one of so many parts.
+DRAFT_PART = 4
 
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """What a replica needs beside its variant's files."""
+    """What a replica needs beside its variant's files; `draft` is the directory of the variant that guesses for it."""
 
     engine: EngineOptions
     text: TextConfig
     tokenizer: str
     niceness: int = 0
+    draft: str | None = None
 
 
 @serve.deployment
@@ -45,14 +49,14 @@ class TextVariant:
         os.nice(options.niceness)
         runner = open_runner(Path(directory), options.engine)
         runner.warm_up()
-        text, precision = options.text, runner.manifest.precision
+        text = options.text
+        drafters, cache_bytes = _drafters(runner.manifest, options)
         generator = Generator(
             runner,
-            text.cache_bytes,
+            cache_bytes,
             max_slots=text.slots,
             chunk=text.chunk_tokens,
-            # In lower precisions several tokens at once differ from one by one by more than the last digits.
-            speculation=Speculation(PromptLookup()) if text.lookup and precision is Precision.FP32 else None,
+            speculation=Speculation(drafters) if drafters else None,
         )
         fast = FastTokenizer.from_file(options.tokenizer)
         task = runner.manifest.task
@@ -77,6 +81,25 @@ class TextVariant:
     def check_health(self) -> None:
         if self._started:
             self.engine.check()
+
+
+def _drafters(manifest: VariantManifest, options: TextOptions) -> tuple[list[Drafter], int]:
+    """Who guesses for this variant, and the bytes that are left for its own keys and values."""
+    text, left = options.text, options.text.cache_bytes
+    # In lower precisions several tokens at once differ from one by one by more than the last digits.
+    if manifest.precision is not Precision.FP32:
+        return [], left
+    drafters: list[Drafter] = [PromptLookup()] if text.lookup else []
+    if options.draft is not None:
+        runner = open_runner(Path(options.draft), options.engine)
+        runner.warm_up()
+        assert runner.manifest.decoder is not None
+        room = left // DRAFT_PART // runner.bytes_per_token
+        if room > 1:
+            context = min(runner.manifest.decoder.context, room)
+            drafters.append(DraftModel(runner, context))
+            left -= context * runner.bytes_per_token
+    return drafters, left
 
 
 class ReplicaStreams:

@@ -136,6 +136,11 @@ class TextConfig(Settings):
         default=True,
         description="guess tokens that stood in the text before, while that pays; in float32, where it changes nothing",
     )
+    draft: Identifier | Literal["auto", "off"] = Field(
+        default="auto",
+        description="the variant that guesses for float32 ones, while a replica writes one text alone and it pays; "
+        "auto: the one, if any, that helps most by what was measured",
+    )
 
 
 class LimitConfig(Settings):

@@ -310,7 +310,7 @@ class Generator:
             steps.append(self._sampled(sequence, logits[row : row + 1]))
             if steps[-1].over or row == len(guess) or sequence.tokens[-1] != guess[row]:
                 break
-        speculation.verified(len(guess), len(steps) - 1, took)
+        speculation.verified(len(steps) - 1, took)
         self.stats.decode_s += took
         self.stats.decode_steps += 1
         self.stats.decode_rows += len(steps)

@@ -6,19 +6,25 @@ last tokens when they stood in the text before (prompt look-up), and a cheap var
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 import numpy as np
 
 from workers.decoder import Ids, Runner
 
-MOST = 8
+# Tokens that are guessed at once: which number is best follows from how many are right and from what a check takes.
+LENGTHS = (4, 8, 2)
 LONGEST_MATCH = 4
-# Of a running mean, the newest observation.
-WEIGHT = 0.1
-# One in so many turns is done the other way, so that both paces stay known.
-AGAIN = 64
+# Of what was observed, how much a turn leaves of the earlier ones.
+KEPT = 0.95
+# Turns of a way before it is judged.
+ENOUGH = 6
+# After so many turns another way is tried anew, so that all paces stay known; more seldom while guessing does not pay,
+# since a draft model that was not asked has to read what it missed.
+AGAIN, SELDOM = 64, 1024
 NOTHING = np.empty(0, np.int32)
 
 
@@ -68,43 +74,98 @@ class DraftModel:
 
 
 @dataclass(slots=True)
-class Speculation:
-    """A drafter, used while it pays: while a checked token takes less time than one that is simply decoded."""
+class Pace:
+    """Seconds for a token; the newest turns count most."""
 
-    drafter: Drafter
-    most: int = MOST
-    _plain_s: float | None = None
-    _checked_s: float | None = None
-    _gained: float = 0.0
+    turns: int = 0
+    _seconds: float = 0.0
+    _tokens: float = 0.0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self.turns += 1
+        self._seconds = KEPT * self._seconds + seconds
+        self._tokens = KEPT * self._tokens + tokens
+
+    @property
+    def token_s(self) -> float:
+        return self._seconds / self._tokens if self._tokens else inf
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One of the drafters, by its place, and how many tokens it is asked for."""
+
+    drafter: int
+    length: int
+
+
+@dataclass(slots=True)
+class Speculation:
+    """Drafters, and when to use which: the way that takes least time for a token, plain decoding among them.
+
+    What a way takes is measured, with the drafter's own time and with guesses that were wrong.
+    """
+
+    drafters: Sequence[Drafter]
+    _plain: Pace = field(default_factory=Pace)
+    _ways: dict[Way, Pace] = field(init=False)
+    _used: Way = field(init=False)
     _turn: int = 0
+    _gap: int = AGAIN
+    _look: int = AGAIN
+    _looks: int = 0
+
+    def __post_init__(self) -> None:
+        self._ways = {Way(place, length): Pace() for place in range(len(self.drafters)) for length in LENGTHS}
+        self._used = next(iter(self._ways))
 
     @property
     def pays(self) -> bool:
-        """True until both ways were timed."""
-        if self._plain_s is None or self._checked_s is None:
-            return True
-        return self._checked_s / (1 + self._gained) < self._plain_s
+        """True while there is a way that is not known yet, or that is faster than plain decoding."""
+        return bool(self._open() or self._faster())
 
     def propose(self, tokens: Ids, most: int) -> Ids:
-        """See Drafter; nothing while guessing does not pay, or while its plain pace is not known."""
-        if most <= 0 or self._plain_s is None:
+        """What may follow `tokens` int32 [n]; nothing while that does not pay, or while the plain pace is not known.
+
+        `decoded` or `verified` has to be told what came of it.
+        """
+        if most <= 0 or not self._plain.turns:
             return NOTHING
         self._turn += 1
-        rare = self._turn % AGAIN == 0
-        if rare == self.pays:
-            return NOTHING
-        return self.drafter.propose(tokens, min(most, self.most))
+        for way in self._turns_ways():
+            guess = self.drafters[way.drafter].propose(tokens, min(most, way.length))
+            if len(guess):
+                self._used = way
+                return guess
+        return NOTHING
 
     def decoded(self, seconds: float) -> None:
         """One token was decoded without a guess."""
-        self._plain_s = _mean(self._plain_s, seconds)
+        self._plain.add(seconds, 1)
 
-    def verified(self, guessed: int, accepted: int, seconds: float) -> None:
-        """So many of the guessed tokens were right; the check took so long."""
-        if guessed:
-            self._checked_s = _mean(self._checked_s, seconds)
-            self._gained += WEIGHT * (accepted - self._gained)
+    def verified(self, accepted: int, seconds: float) -> None:
+        """So many of the tokens that were proposed were right; to draft and to check took so long."""
+        self._ways[self._used].add(seconds, 1 + accepted)
 
+    def _turns_ways(self) -> Sequence[Way]:
+        """To be tried in this order, until one has a guess."""
+        faster = self._faster()
+        known = [way for way, pace in self._ways.items() if pace.turns >= ENOUGH]
+        if self._turn < self._look or not known:
+            return [*self._open(), *faster]
+        self._gap = AGAIN if faster else min(2 * self._gap, SELDOM)
+        self._look = self._turn + self._gap
+        self._looks += 1
+        others = [None, *known] if faster else known
+        other = others[self._looks % len(others)]
+        if other is None:
+            return []
+        self._ways[other] = Pace()
+        return [other]
 
-def _mean(before: float | None, new: float) -> float:
-    return new if before is None else before + WEIGHT * (new - before)
+    def _open(self) -> list[Way]:
+        return [way for way, pace in self._ways.items() if pace.turns < ENOUGH]
+
+    def _faster(self) -> list[Way]:
+        paces = {way: pace.token_s for way, pace in self._ways.items() if pace.turns >= ENOUGH}
+        return sorted((way for way, pace in paces.items() if pace < self._plain.token_s), key=paces.__getitem__)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from tests.fake_text import fake_manifest
 from workers.decoder import Floats, Ids
 from workers.fake_decoder import FakeRunner, expected
 from workers.generator import Generator
-from workers.speculation import AGAIN, NOTHING, DraftModel, PromptLookup, Speculation
+from workers.speculation import AGAIN, NOTHING, SELDOM, DraftModel, PromptLookup, Speculation
 
 VOCABULARY = 50
 CONTEXT = 512
@@ -326,7 +327,7 @@ class Scripted:
 def test_a_guess_changes_nothing_but_the_number_of_steps(sampling, right):
     asked = prompt(1, 30, 40, sampling=sampling)
     text = [*asked.ids.tolist(), *alone(asked)[0]]
-    run = Run(generator(speculation=Speculation(Scripted(text, right))))
+    run = Run(generator(speculation=Speculation([Scripted(text, right)])))
     run.generator.submit(asked)
     assert_as_alone(run.finish(), [asked])
     stats = run.generator.stats
@@ -338,7 +339,7 @@ def test_a_guess_changes_nothing_but_the_number_of_steps(sampling, right):
 def test_guesses_end_where_the_text_does():
     asked = prompt(1, 30, 200, end_ids=frozenset({7, 21}))
     text = [*asked.ids.tolist(), *alone(prompt(1, 30, 200))[0]]
-    run = Run(generator(speculation=Speculation(Scripted(text, 8))))
+    run = Run(generator(speculation=Speculation([Scripted(text, 8)])))
     run.generator.submit(asked)
     assert_as_alone(run.finish(), [asked])
     assert run.end("1") is Finish.STOP
@@ -350,7 +351,7 @@ def test_with_guesses_each_is_still_as_alone(seed, tokens):
     chance = random.Random(seed)
     prompts = mixed(seed, 6)
     drafter = chance.choice([PromptLookup(), DraftModel(runner(), CONTEXT), DraftModel(Other(runner()), CONTEXT)])
-    run = Run(generator(tokens, speculation=Speculation(drafter)))
+    run = Run(generator(tokens, speculation=Speculation([drafter])))
     for each in prompts:
         run.generator.submit(each)
         for _ in range(chance.choice([0, 5, 50])):
@@ -380,7 +381,7 @@ class Other:
 
 def test_the_same_model_guesses_all_greedy_tokens():
     asked = prompt(1, 30, 60, sampling=GREEDY)
-    run = Run(generator(speculation=Speculation(DraftModel(runner(), CONTEXT))))
+    run = Run(generator(speculation=Speculation([DraftModel(runner(), CONTEXT)])))
     run.generator.submit(asked)
     assert_as_alone(run.finish(), [asked])
     assert run.generator.stats.accepted == run.generator.stats.drafted > 0
@@ -393,25 +394,68 @@ def test_look_up_finds_what_followed_before():
     assert PromptLookup().propose(np.array([1], np.int32), 2).tolist() == []
 
 
-def proposed(speculation: Speculation, times: int) -> int:
-    tokens = np.arange(10, dtype=np.int32)
-    return sum(len(speculation.propose(tokens, 4)) > 0 for _ in range(times))
+class Guesser:
+    """Any tokens, as many as it is asked for; or none."""
+
+    def __init__(self, knows: bool = True) -> None:
+        self.knows = knows
+        self.asked: list[int] = []
+
+    def propose(self, tokens: Ids, most: int) -> Ids:
+        self.asked.append(most)
+        return np.zeros(most if self.knows else 0, np.int32)
+
+
+def rehearsed(speculation: Speculation, turns: int, check_s: Callable[[int], float], right: int) -> list[int]:
+    """How many tokens each turn guessed, where a plain one takes 10 ms."""
+    tokens, guessed = np.arange(10, dtype=np.int32), []
+    for _ in range(turns):
+        guess = len(speculation.propose(tokens, 100))
+        if guess:
+            speculation.verified(min(right, guess), check_s(guess))
+        else:
+            speculation.decoded(0.01)
+        guessed.append(guess)
+    return guessed
 
 
 @pytest.mark.parametrize(
-    ("checked_s", "accepted", "pays"), [(0.03, 4, True), (0.03, 1, False), (0.012, 1, True), (0.012, 0, False)]
+    ("check_s", "right", "best"),
+    [
+        (lambda guess: 0.01 + 0.001 * guess, 8, 8),
+        (lambda guess: 0.01 + 0.001 * guess, 4, 4),
+        (lambda guess: 0.01 + 0.004 * guess, 2, 2),
+        (lambda guess: 0.02, 0, 0),
+        (lambda guess: 0.01 + 0.012 * guess, 8, 0),
+    ],
 )
-def test_guessing_goes_on_while_it_pays(checked_s, accepted, pays):
-    speculation = Speculation(Scripted(range(20), 4))
-    assert proposed(speculation, 5) == 0, "the plain pace is not known yet"
-    for _ in range(100):
-        speculation.decoded(0.01)
-        speculation.verified(4, accepted, checked_s)
-    assert speculation.pays is pays
-    assert proposed(speculation, 10 * AGAIN) == (10 * (AGAIN - 1) if pays else 10), "the other way too, now and then"
+def test_as_many_tokens_are_guessed_as_pay(check_s, right, best):
+    speculation = Speculation([Guesser()])
+    assert rehearsed(speculation, 1, check_s, right) == [0], "the plain pace is not known yet"
+    rehearsed(speculation, 100, check_s, right)
+    assert speculation.pays is (best > 0)
+    usual, guesses = Counter(rehearsed(speculation, 10 * AGAIN, check_s, right)).most_common(1)[0]
+    assert (usual, guesses < 10 * AGAIN) == (best, True), "another way, now and then"
+
+
+def test_a_way_that_does_not_pay_is_asked_ever_more_seldom_and_comes_back():
+    drafter = Guesser()
+    speculation = Speculation([drafter])
+    rehearsed(speculation, 20_000, lambda guess: 0.05, 0)
+    assert len(drafter.asked) < 200
+    rehearsed(speculation, 5 * SELDOM, lambda guess: 0.005, 8)
+    assert speculation.pays
+
+
+def test_a_drafter_without_a_guess_leaves_the_turn_to_the_next():
+    silent, other = Guesser(knows=False), Guesser()
+    speculation = Speculation([silent, other])
+    told = rehearsed(speculation, 500, lambda guess: 0.01, 8)
+    assert Counter(told).most_common(1)[0][0] == 8
+    assert len(silent.asked) > 300
 
 
 def test_no_room_no_guess():
-    speculation = Speculation(PromptLookup())
+    speculation = Speculation([PromptLookup()])
     speculation.decoded(0.01)
     assert speculation.propose(np.array([1, 2, 1, 2], np.int32), 0) is NOTHING
