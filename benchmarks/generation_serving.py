@@ -5,7 +5,7 @@ bare engine does with 16 at a time; then Poisson arrivals at three shares of tha
 output token, between tokens, to the end, and goodput. Random weights in the shape of SmolLM2-135M, unless a model is
 given; a family of it is made where there is none.
 
-    python -m benchmarks.generation_serving [--model DIR] [--variants onnx-int8] [--peers transformers]
+    python -m benchmarks.generation_serving [--model DIR] [--variants onnx-int8] [--peers transformers,llama.cpp]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.generation_systems import environment
 from benchmarks.machine import describe_machine, machine_lines
 from benchmarks.processes import Server, ServerSpec
 from benchmarks.text_load import TextPlan, as_json
@@ -62,7 +63,7 @@ def main() -> None:
     family = open_family(model, options.family, options.variants)
     prompts = prompts_of(family, options.texts)
     systems = [fettle_system(options.family, variant, options.threads) for variant in options.variants]
-    systems += [peer_system(name, model) for name in options.peers]
+    systems += [peer_system(name, model, options.threads) for name in options.peers]
     offline = {variant: engine_rate(family, variant, prompts, options.threads) for variant in options.variants}
     rows = []
     rate = None
@@ -156,10 +157,30 @@ def fettle_system(family: Path, variant: str, threads: int) -> System:
     return System(f"fettle {variant}", server, {"model": model, **SAMPLED})
 
 
-def peer_system(name: str, model: Path) -> System:
+def peer_system(name: str, model: Path, threads: int) -> System:
+    match name:
+        case "transformers":
+            return _transformers(model)
+        case "llama.cpp":
+            return _llama(model, threads)
+    sys.exit(f"no peer {name!r}; there are transformers and llama.cpp")
+
+
+def _llama(model: Path, threads: int) -> System:
+    """llama-cpp-python's server, 4 bits; it answers one request after the other."""
+    python = environment(Path("build/peer-llama"), "llama_cpp")
+
+    def server(port: int) -> ServerSpec:
+        command = [python, "-m", "benchmarks.peers.llama_server", "--model", str(model.absolute())]
+        command += ["--file", str(model.absolute()) + ".Q4_0.gguf", "--threads", str(threads), "--port", str(port)]
+        return _spec(command, port, "lm")
+
+    # Random weights hardly ever end a text.
+    return System("llama.cpp server", server, {"model": "lm", "temperature": 0.0})
+
+
+def _transformers(model: Path) -> System:
     """`transformers serve` with continuous batching, as it comes (bfloat16)."""
-    if name != "transformers":
-        sys.exit(f"no peer {name!r}; there is transformers")
 
     def server(port: int) -> ServerSpec:
         command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model.absolute())]
@@ -215,7 +236,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a checkpoint; random weights if not given")
     parser.add_argument("--family", type=Path, default=FAMILY, help="made of the model where there is none")
     parser.add_argument("--variants", type=names, default="onnx-int8")
-    parser.add_argument("--peers", type=names, default="transformers")
+    parser.add_argument("--peers", type=names, default="transformers,llama.cpp")
     parser.add_argument("--threads", type=int, default=2, help="of the one replica")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--warm-up", type=float, default=5.0)

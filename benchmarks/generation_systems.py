@@ -37,7 +37,7 @@ SHAPE = {
     "eos_token_id": 0,
 }
 PINS = {
-    "peer-llama": ("llama-cpp-python>=0.3.30", "gguf", "safetensors", "numpy"),
+    "peer-llama": ("llama-cpp-python[server]>=0.3.30", "gguf", "numpy"),
     "peer-openvino": ("openvino-genai", "optimum-intel[openvino]", "torch<2.14"),
 }
 # Another torch's build of it comes along, and breaks transformers there.
@@ -162,11 +162,11 @@ def peer_system(name: str, checkpoint: Path, environments: Path, threads: int) -
     wide = {"OMP_NUM_THREADS": str(threads)}
     match engine:
         case "llama.cpp":
-            python = _environment(environments / "peer-llama", "llama_cpp")
+            python = environment(environments / "peer-llama", "llama_cpp")
             tail += ["--file", str(file), "--type", kind]
             return System(name, [python, "-m", "benchmarks.peers.llama_engine", *tail], file, True, wide)
         case "openvino":
-            python = _environment(environments / "peer-openvino", "openvino_genai")
+            python = environment(environments / "peer-openvino", "openvino_genai")
             tail += ["--directory", str(file), "--format", kind]
             return System(name, [python, "-m", "benchmarks.peers.openvino_engine", *tail], file, True)
         case "transformers":
@@ -176,7 +176,7 @@ def peer_system(name: str, checkpoint: Path, environments: Path, threads: int) -
     raise ValueError(f"no peer is called {name!r}")
 
 
-def _environment(directory: Path, package: str) -> str:
+def environment(directory: Path, package: str) -> str:
     """Its Python; takes minutes when it is new, and a compiler where a package is built from source.
 
     Raises:

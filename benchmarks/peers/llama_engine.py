@@ -3,7 +3,7 @@
     python -m benchmarks.peers.llama_engine --model CHECKPOINT --file OUT.gguf --type Q4_0 --threads 2
 
 The file is made from the checkpoint's own weights if it is missing: a float32 GGUF, then llama.cpp's own quantizer.
-Runs in an environment with llama-cpp-python, gguf and safetensors. Llama shapes only.
+Runs in an environment with llama-cpp-python and gguf. Llama shapes only.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
-from safetensors.numpy import load_file
 
 from benchmarks.peers.agent import Clock, Prompts, serve
 
@@ -38,7 +38,7 @@ NAMES = {
 
 
 def write_gguf(checkpoint: Path, path: Path) -> None:
-    """Float32, without a vocabulary of texts."""
+    """Float32; with a vocabulary of texts if the checkpoint's is one of byte pairs."""
     config = json.loads((checkpoint / "config.json").read_text())
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -53,16 +53,52 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("none")
-    for name, array in load_file(checkpoint / "model.safetensors").items():
+    _add_vocabulary(writer, json.loads((checkpoint / "tokenizer.json").read_text()), config)
+    for name, values in _tensors(checkpoint / "model.safetensors"):
         parts = name.removeprefix("model.").removesuffix(".weight")
         rows = {"q_proj": heads, "k_proj": groups}.get(parts.rsplit(".", 1)[-1])
-        values = array.astype(np.float32)
         writer.add_tensor(_name(parts), values if rows is None else _interleaved(values, rows))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Each as float32. By hand, since numpy has no bfloat16, and the library gives none of it without."""
+    with path.open("rb") as file:
+        head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        begin = file.tell()
+        for name, about in head.items():
+            if name == "__metadata__":
+                continue
+            first, last = about["data_offsets"]
+            file.seek(begin + first)
+            raw = file.read(last - first)
+            if about["dtype"] == "BF16":
+                values = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+            else:
+                values = np.frombuffer(raw, {"F32": np.float32, "F16": np.float16}[about["dtype"]])
+            yield name, values.astype(np.float32).reshape(about["shape"])
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], config: dict[str, Any]) -> None:
+    if tokenizer["model"]["type"] != "BPE":
+        writer.add_tokenizer_model("none")
+        return
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    spelling = {place: text for text, place in {**tokenizer["model"]["vocab"], **special}.items()}
+    tokens = [spelling[place] for place in range(config["vocab_size"])]
+    kinds = [gguf.TokenType.CONTROL if text in special else gguf.TokenType.NORMAL for text in tokens]
+    merges = tokenizer["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_add_bos_token(False)
 
 
 def _name(parts: str) -> str:
