@@ -181,9 +181,10 @@ def _llama(model: Path, threads: int) -> System:
 
 def _transformers(model: Path) -> System:
     """`transformers serve` with continuous batching, as it comes (bfloat16)."""
+    python = environment(Path("build/peer-transformers"), "accelerate")
 
     def server(port: int) -> ServerSpec:
-        command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model.absolute())]
+        command = [str(Path(python).with_name("transformers")), "serve", str(model.absolute())]
         command += ["--continuous-batching", "--device", "cpu", "--dtype", "bfloat16", "--port", str(port)]
         return _spec(command, port, str(model.absolute()))
 

@@ -38,6 +38,7 @@ SHAPE = {
 }
 PINS = {
     "peer-llama": ("llama-cpp-python[server]>=0.3.30", "gguf", "numpy"),
+    "peer-transformers": ("transformers[serving]", "accelerate", "torch>=2.11,<2.14"),
     "peer-openvino": ("openvino-genai", "optimum-intel[openvino]", "torch<2.14"),
 }
 # Another torch's build of it comes along, and breaks transformers there.

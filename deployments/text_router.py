@@ -24,8 +24,9 @@ from deployments.text_work import Bit, TextWork, merged
 from deployments.tickets import Terms
 from deployments.watch import Comparison
 from fettle.errors import RequestError
-from fettle.manifest import Step
+from fettle.manifest import Step, VotePoint
 from fettle.stopping import takes
+from fettle.votes import certified
 
 
 @dataclass(slots=True)
@@ -48,7 +49,7 @@ class TextRouter:
         await self.router.watch.informed()
         with holding(call.asked.client, sum(map(len, call.prompts))), self.router.counted(call.asked):
             way, gear = self._choose(call)
-            told = _Told(call, way, gear)
+            told = _Told(call, way, gear, vote_of(call))
             try:
                 async with aclosing(self._bits(call, way, told)) as bits:
                     async for some in bits:
@@ -75,7 +76,7 @@ class TextRouter:
             last = number == len(way.stretches) - 1
             lane = family.batchers[stretch.step.variant]
             assert isinstance(lane, Lane)
-            work = work_of(call, stretch.step, last=last)
+            work = work_of(call, stretch.step, last=last, vote=told.vote)
             told.begins(stretch.step.variant, number)
             async with aclosing(lane.generate(work, call.asked.terms, admitted=number > 0, begun=told.turn)) as attempt:
                 if last:
@@ -135,11 +136,24 @@ def is_certified_kind(call: TextCall) -> bool:
         and sampling.repetition_penalty == 1.0
         and not (sampling.presence_penalty or sampling.frequency_penalty)
     )
-    own = call.stop or call.stop_ids or call.ignore_end or call.min_tokens or call.grammar or call.early_stop
-    return plain and call.choices == 1 and not own
+    return plain and call.choices == 1 and not _has_own_rules(call)
 
 
-def work_of(call: TextCall, step: Step, *, last: bool) -> TextWork:
+def vote_of(call: TextCall) -> VotePoint | None:
+    """The certified way to end the call's vote; None for a vote that ends where nothing can change, or for no vote."""
+    if not call.vote or call.asked.quality.variant is not None or _has_own_rules(call):
+        return None
+    points = call.asked.family.family.manifest.votes
+    return certified(points, call.asked.quality.tolerance, call.sampling, call.choices)
+
+
+def _has_own_rules(call: TextCall) -> bool:
+    """Whether something that the client said, and not the model, may end or bend a text."""
+    own = (call.stop, call.stop_ids, call.ignore_end, call.min_tokens, call.grammar, call.early_stop)
+    return any(own)
+
+
+def work_of(call: TextCall, step: Step, *, last: bool, vote: VotePoint | None = None) -> TextWork:
     """What a replica of the step's variant has to do for the call."""
     family = call.asked.family
     ends = frozenset() if call.ignore_end else frozenset(family.task.end_ids)
@@ -160,7 +174,7 @@ def work_of(call: TextCall, step: Step, *, last: bool) -> TextWork:
         early_stop=call.early_stop,
         step=step,
         last=last,
-        vote=0.0 if call.vote else None,
+        vote=((vote.confidence if vote else None) or 0.0) if call.vote else None,
         stream=call.stream and last,
         priority=int(call.asked.terms.priority),
     )
@@ -177,6 +191,7 @@ class _Told:
     call: TextCall
     way: Way
     gear: int
+    vote: VotePoint | None = None
     variant: str = ""
     step: int = 0
     texts: dict[int, str] = field(default_factory=dict)
@@ -243,10 +258,13 @@ class _Told:
 
     def _answering(self) -> Answering:
         asked = self.call.asked
+        point, bound = None if self.way.point is None else self.way.name, self.way.bound
+        if self.vote is not None and self.vote.certificate is not None:
+            point, bound = self.vote.id, self.vote.certificate.upper_bound
         return Answering(
             variants=(self.variant,),
-            point=None if self.way.point is None else self.way.name,
-            bound=self.way.bound,
+            point=point,
+            bound=bound,
             gear=self.gear,
             degraded=asked.degraded and self.way.alpha > asked.quality.tolerance,
             queue_ms=self.queue_ms,

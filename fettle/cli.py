@@ -85,6 +85,10 @@ def optimize(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="For text: tokens of a generated text, at most.")] = 64,
+    votes: Annotated[
+        int | None, typer.Option(help="For text: certify votes among so many sampled answers.", show_default="none")
+    ] = None,
+    vote_temperature: Annotated[float, typer.Option(help="At which the answers of a vote are sampled.")] = 1.0,
     name: Annotated[str | None, typer.Option(help="The family's name; the model's last path part by default.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Build only this variant; may be repeated.")] = None,
     effort: Annotated[str, typer.Option(help="quick (minutes), standard (about an hour) or thorough.")] = "quick",
@@ -140,6 +144,8 @@ def optimize(
         prompt=prompt,
         answer=answer,
         max_tokens=max_tokens,
+        votes=votes,
+        vote_temperature=vote_temperature,
         remeasure=remeasure,
         seed=seed,
     )

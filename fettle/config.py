@@ -82,6 +82,10 @@ class OptimizeConfig(Settings):
         description="for text: what of it is compared: text, labels, pattern=REGEX or function=module:name",
     )
     max_tokens: int = Field(default=64, ge=1, description="for text: tokens of a generated text, at most")
+    votes: int | None = Field(
+        default=None, ge=2, le=128, description="for text: certify votes among so many sampled answers; none if None"
+    )
+    vote_temperature: float = Field(default=1.0, gt=0, le=2, description="at which the answers of a vote are sampled")
     remeasure: bool = Field(default=False, description="measure again what was measured, e.g. on a busy machine")
     seed: int = 0
 

@@ -31,6 +31,7 @@ def as_json(family: Family) -> dict[str, Any]:
         "data": {name: split.model_dump(mode="json") for name, split in manifest.data.items()},
         "variants": [summary(variant) for variant in family.variants.values()],
         "points": [point_summary(point) for point in manifest.points],
+        "votes": [vote.model_dump(mode="json") for vote in manifest.votes],
         "levels": [level.model_dump(mode="json") for level in manifest.levels],
         "dropped": [item.model_dump(mode="json") for item in manifest.dropped],
         "not_built": [item.model_dump(mode="json") for item in manifest.not_built],

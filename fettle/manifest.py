@@ -336,6 +336,7 @@ class FamilyManifest(Strict):
     cosine_floor: float = Field(default=0.98, gt=0, le=1, description="for embeddings: below it is a disagreement")
     points: list[OperatingPoint] = []
     levels: list[Level] = []
+    votes: list[VotePoint] = Field(default=[], description="of a text generator: when a vote may end")
     self_disagreement: SelfDisagreement | None = None
     analysis: Analysis = Analysis()
     command: str = Field(default="", description="what reproduces this family")

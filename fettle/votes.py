@@ -6,13 +6,15 @@ depends on the choices and not on the order in which they are ready. A text with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from scipy.special import bdtr
 
 from fettle.errors import UsageError
 from fettle.extract import Answer
-from fettle.generation import Finish
+from fettle.findings import VotePoint
+from fettle.generation import Finish, Sampling
 
 # Candidates by answer: how many votes, and the lowest choice number among them.
 _Counts = dict[Answer, tuple[int, int]]
@@ -36,6 +38,24 @@ class VoteRule:
             raise UsageError(f"a vote takes at least one choice, not {self.choices}", param="n")
         if self.confidence is not None and not 0.5 < self.confidence < 1:
             raise UsageError(f"the confidence of a vote lies between 0.5 and 1, not {self.confidence}")
+
+
+def certified(points: Sequence[VotePoint], tolerance: float, sampling: Sampling, choices: int) -> VotePoint | None:
+    """The one that ends a vote soonest of those that are certified at `tolerance` for such draws; None for none.
+
+    A certificate is about so many choices, drawn at one temperature, with nothing else that changes a draw.
+    """
+    plain = Sampling(sampling.temperature, sampling.top_p, seed=sampling.seed)
+    if replace(sampling, logprobs=None) != plain:
+        return None
+    fitting = [
+        point
+        for point in points
+        if point.certificate is not None
+        and point.certificate.alpha <= tolerance
+        and (point.choices, point.temperature, point.top_p) == (choices, sampling.temperature, sampling.top_p)
+    ]
+    return min(fitting, key=lambda point: point.drawn, default=None)
 
 
 class Votes:

@@ -44,6 +44,7 @@ from fettle.manifest import (
     SelfDisagreement,
     VariantEntry,
     VariantManifest,
+    VotePoint,
 )
 from fettle.points import has_scores, whole
 from fettle.store import sha256_bytes
@@ -67,6 +68,8 @@ OPTIONS = {
     "cosine_floor": "cosine-floor",
     "threads": "threads",
     "max_rows": "max-rows",
+    "votes": "votes",
+    "vote_temperature": "vote-temperature",
     "prompt": "prompt",
     "answer": "answer",
     "max_tokens": "max-tokens",
@@ -86,6 +89,7 @@ class Findings:
     levels: list[Level] = field(default_factory=list)
     analysis: Analysis = field(default_factory=Analysis)
     self_disagreement: SelfDisagreement | None = None
+    votes: list[VotePoint] = field(default_factory=list)
 
 
 def find_points(work: Work, variants: Mapping[str, VariantManifest], analysis: Analysis) -> Findings:
@@ -308,6 +312,7 @@ def write_family(
         cosine_floor=work.config.cosine_floor,
         points=findings.points,
         levels=findings.levels,
+        votes=findings.votes,
         self_disagreement=findings.self_disagreement,
         analysis=findings.analysis,
         command=command_of(work),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fettle.latency import estimate_ms
-from fettle.manifest import LatencyTable, Measurements, OperatingPoint, TaskKind, TextFigures, TextQuality
+from fettle.manifest import LatencyTable, Measurements, OperatingPoint, TaskKind, TextFigures, TextQuality, VotePoint
 from optimize.report_facts import Facts, Tried
 from optimize.report_html import (
     ABSENT,
@@ -44,6 +44,7 @@ def texts(facts: Facts) -> Section:
             paragraph("A step gives each text that is under way one token; so many texts share it."),
             table(_speeds(rows), rows, cards=True),
             *_points(facts),
+            *_votes(facts),
         ]
     )
 
@@ -91,6 +92,24 @@ def _points(facts: Facts) -> list[Html | None]:
         "token; and the score from which an attempt is accepted."
     )
     return [tag("h3", "Stopping early"), paragraph(explained), table(columns, points, cards=True), listing(said)]
+
+
+def _votes(facts: Facts) -> list[Html | None]:
+    votes = facts.manifest.votes
+    if not votes:
+        return []
+    columns: list[Column[VotePoint]] = [
+        Column("Vote", lambda row: "lossless" if row.certificate is None else at_most(row.certificate.alpha)),
+        Column("Certified", lambda row: ABSENT if row.certificate is None else percent(row.certificate.upper_bound)),
+        Column("Drawn", lambda row: fixed(row.drawn, 1), f"of {votes[0].choices}"),
+        Column("Ends at", lambda row: ABSENT if row.confidence is None else f"{row.confidence:g}"),
+    ]
+    explained = (
+        f"One answer, that which most of {votes[0].choices} sampled at temperature {votes[0].temperature:g} agree on. "
+        "The lossless vote ends when what is left to draw cannot change the winner; the others when the leader is as "
+        "sure as said, which on calibration rows changed the winner as seldom as certified."
+    )
+    return [tag("h3", "Votes"), paragraph(explained), table(columns, votes, cards=True)]
 
 
 def _quality(item: Tried) -> TextQuality | None:

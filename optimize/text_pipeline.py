@@ -30,6 +30,7 @@ from optimize.text_build import TextBuilder
 from optimize.text_finish import SPLITS, find_text_points
 from optimize.text_recipes import INT4, INT8, text_unavailable
 from optimize.text_tracing import trace_step
+from optimize.text_votes import certified_votes, check_votes
 from optimize.text_work import TextWork
 from optimize.train import training_step
 
@@ -45,6 +46,7 @@ def run_texts(config: OptimizeConfig, progress: Progress, elapsed: Callable[[], 
     reference = load(config, progress)
     assert isinstance(reference, DecoderReference)
     work = read_work(config, progress, reference)
+    check_votes(work)
     write_tokenizer(config, work.reference)
     write_chat(config, work.reference)
     builder = TextBuilder(work)
@@ -53,6 +55,8 @@ def run_texts(config: OptimizeConfig, progress: Progress, elapsed: Callable[[], 
         work, builder, elapsed, Outlook(lambda recipe: seconds_of(work, recipe), seconds_beside(work), missing)
     ).run()
     findings = find_text_points(work, builder, notes)
+    findings.votes, said = certified_votes(work, builder.built)
+    findings.analysis = findings.analysis.model_copy(update={"notes": [*findings.analysis.notes, *said]})
     not_built = [*wanted_of(config, missing), *builder.not_built]
     family = finish.write_family(work, builder.built, not_built, findings)
     write_report(family)

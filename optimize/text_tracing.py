@@ -21,13 +21,22 @@ from fettle.manifest import VariantManifest
 from fettle.rows import Row
 from fettle.text_trace import Trace, read_traces
 from optimize import measure
-from optimize.text_trial import REQUEST_FILE, RESULT_FILE, ROWS_FILE, Block, TextTrialRequest, TextTrialResult
+from optimize.text_trial import (
+    REQUEST_FILE,
+    RESULT_FILE,
+    ROWS_FILE,
+    Block,
+    Drawing,
+    TextTrialRequest,
+    TextTrialResult,
+)
 from optimize.text_work import TextWork
 from optimize.trial import save_rows
 from optimize.workspace import fingerprint_of
 
 FOLDER = "texts"
 BLOCK_ROWS = 256
+GREEDILY = Drawing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +54,28 @@ def trace(
     split: str,
     rows: int | None = None,
     *,
+    drawing: Drawing = GREEDILY,
     report: measure.Report | None = None,
 ) -> list[Trace]:
-    """The variant's generations on the first rows of a split (all if None), whole blocks at least.
+    """The variant's generations on the first rows of a split (all if None), whole blocks at least; greedy unless said.
 
     Raises:
         PassError: its process failed or crashed.
     """
     total = len(work.rows(split))
     wanted = total if rows is None else min(rows, total)
-    missing = [span for span in spans(split, wanted, total) if _kept(work, variant, span) is None]
+    missing = [span for span in spans(split, wanted, total) if _kept(work, variant, span, drawing) is None]
     if missing:
-        step = trace_step(variant.id, split)
+        step = trace_step(variant.id, split, drawing)
         if report is not None:
-            run(work, variant, missing, report)
+            run(work, variant, missing, report, drawing)
         else:
             with work.progress.step(step) as mine:
-                run(work, variant, missing, mine)
+                run(work, variant, missing, mine, drawing)
     found: list[Trace] = []
     for span in spans(split, wanted, total):
-        found += _kept(work, variant, span) or []
-    return found[:wanted]
+        found += _kept(work, variant, span, drawing) or []
+    return found[: wanted * drawing.choices]
 
 
 def has_traces(work: TextWork, variant: VariantManifest, split: str) -> bool:
@@ -80,16 +90,22 @@ def spans(split: str, wanted: int, total: int) -> list[Span]:
     return [Span(split, start, min(start + BLOCK_ROWS, total)) for start in starts]
 
 
-def run(work: TextWork, variant: VariantManifest, missing: Sequence[Span], report: measure.Report) -> None:
+def run(
+    work: TextWork,
+    variant: VariantManifest,
+    missing: Sequence[Span],
+    report: measure.Report,
+    drawing: Drawing = GREEDILY,
+) -> None:
     """Generate these blocks in a process of its own."""
     rows: list[Row] = []
     blocks = []
     for span in missing:
         blocks.append(
-            Block(path=path_of(work, variant, span), first=len(rows), last=len(rows) + span.last - span.first)
+            Block(path=path_of(work, variant, span, drawing), first=len(rows), last=len(rows) + span.last - span.first)
         )
         rows += work.rows(span.split)[span.first : span.last]
-    try_texts(request_for(work, variant).model_copy(update={"blocks": blocks}), rows, report)
+    try_texts(request_for(work, variant).model_copy(update={"blocks": blocks, "drawing": drawing}), rows, report)
 
 
 def request_for(work: TextWork, variant: VariantManifest) -> TextTrialRequest:
@@ -120,9 +136,9 @@ def try_texts(request: TextTrialRequest, rows: list[Row], report: measure.Report
         return TextTrialResult.model_validate_json((folder / RESULT_FILE).read_bytes())
 
 
-def path_of(work: TextWork, variant: VariantManifest, span: Span) -> Path:
+def path_of(work: TextWork, variant: VariantManifest, span: Span, drawing: Drawing = GREEDILY) -> Path:
     """Where a block's traces are."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if drawing == GREEDILY else drawing.model_dump_json().encode())
     for row in work.rows(span.split)[span.first : span.last]:
         digest.update(len(row).to_bytes(4, "little") + row.ids.tobytes())
     return folder_of(work, variant) / f"{digest.hexdigest()[:24]}.npz"
@@ -138,13 +154,14 @@ def folder_of(work: TextWork, variant: VariantManifest) -> Path:
     return folder
 
 
-def trace_step(variant: str, split: str) -> str:
-    return f"generate with {variant} on {split}"
+def trace_step(variant: str, split: str, drawing: Drawing = GREEDILY) -> str:
+    times = f", {drawing.choices} times" if drawing.choices > 1 else ""
+    return f"generate with {variant} on {split}{times}"
 
 
-def _kept(work: TextWork, variant: VariantManifest, span: Span) -> list[Trace] | None:
+def _kept(work: TextWork, variant: VariantManifest, span: Span, drawing: Drawing) -> list[Trace] | None:
     """A block's traces; None where there are none, or damaged ones."""
-    path = path_of(work, variant, span)
+    path = path_of(work, variant, span, drawing)
     if not path.exists():
         return None
     try:
@@ -153,7 +170,7 @@ def _kept(work: TextWork, variant: VariantManifest, span: Span) -> list[Trace] |
         work.progress.warn(f"{error.message}: made again")
         path.unlink()
         return None
-    return found if len(found) == span.last - span.first else None
+    return found if len(found) == (span.last - span.first) * drawing.choices else None
 
 
 def _fingerprint(work: TextWork, variant: VariantManifest) -> str:

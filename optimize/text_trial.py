@@ -11,6 +11,7 @@ import io
 import math
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,20 @@ class Exam(Strict):
     seconds: float = Field(gt=0)
 
 
+class Drawing(Strict):
+    """How blocks are drawn: greedy, or `choices` sampled texts of each row, one after the other in its block."""
+
+    choices: int = Field(default=1, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    seed: int = 0
+
+    def sampling(self, row: Ids) -> Sampling:
+        """A row's draws depend on its tokens alone, wherever it stands."""
+        if not self.temperature:
+            return GREEDY
+        return Sampling(self.temperature, seed=(self.seed << 32) + zlib.crc32(row.tobytes()), logprobs=0)
+
+
 class TextTrialRequest(Strict):
     variant: Path
     tokenizer: Path
@@ -78,6 +93,7 @@ class TextTrialRequest(Strict):
     cache_bytes: int = Field(ge=1)
     max_tokens: int = Field(ge=1)
     blocks: list[Block] = []
+    drawing: Drawing = Drawing()
     exam: Exam | None = None
 
 
@@ -124,7 +140,7 @@ def run_text_trial(folder: Path, report: Report) -> None:
     for block in request.blocks:
         rows = prompts[block.first : block.last]
         part = _part(report, LOADED + (1 - LOADED) * done / total, (1 - LOADED) * len(rows) / total)
-        _write(block.path, writer.together(rows, part))
+        _write(block.path, writer.together(rows, part, request.drawing))
         done += len(rows)
     examined = None
     if request.exam is not None:
@@ -147,9 +163,10 @@ class Texts:
     def manifest(self) -> VariantManifest:
         return self.runner.manifest
 
-    def together(self, rows: Sequence[Ids], report: Report) -> list[Trace]:
-        """All at once, in as many slots as there are."""
-        return self._traces(Generator(self.runner, self.request.cache_bytes, self.request.slots), rows, report)
+    def together(self, rows: Sequence[Ids], report: Report, drawing: Drawing | None = None) -> list[Trace]:
+        """All at once, in as many slots as there are; of each row its choices."""
+        generator = Generator(self.runner, self.request.cache_bytes, self.request.slots)
+        return self._traces(generator, rows, report, drawing or Drawing())
 
     def alone(self, rows: Sequence[Ids], report: Report) -> list[Trace]:
         """One after the other, nothing known beforehand."""
@@ -186,27 +203,31 @@ class Texts:
                 tokens += len(following)
         return total, tokens
 
-    def _traces(self, generator: Generator, rows: Sequence[Ids], report: Report) -> list[Trace]:
-        """In the order of the rows.
+    def _traces(
+        self, generator: Generator, rows: Sequence[Ids], report: Report, drawing: Drawing | None = None
+    ) -> list[Trace]:
+        """In the order of the rows, and of a row in that of its choices.
 
         Raises:
             FettleError: a generation failed.
         """
         ends, context = frozenset(self.manifest.task.end_ids), generator.context
-        recorders = {}
-        for number, ids in enumerate(rows):
-            stream = self.detokenizer.stream(before=ids[-BEFORE:].tolist())
-            recorders[str(number)] = Recorder(len(ids), stream)
-            most = min(self.request.max_tokens, context - len(ids))
-            generator.submit(Prompt(str(number), ids, most, GREEDY, end_ids=ends, want_end=True))
+        drawing = drawing or Drawing()
+        recorders: dict[str, Recorder] = {}
+        for ids in rows:
+            sampling, most = drawing.sampling(ids), min(self.request.max_tokens, context - len(ids))
+            for choice in range(drawing.choices):
+                name = str(len(recorders))
+                recorders[name] = Recorder(len(ids), self.detokenizer.stream(before=ids[-BEFORE:].tolist()))
+                generator.submit(Prompt(name, ids, most, sampling, end_ids=ends, choice=choice, want_end=True))
         traces: dict[str, Trace] = {}
         while generator.busy:
             for step in generator.step():
                 trace = recorders[step.id].add(step)
                 if trace is not None:
                     traces[step.id] = trace
-                    report(len(traces) / len(rows))
-        return [traces[str(number)] for number in range(len(rows))]
+                    report(len(traces) / len(recorders))
+        return [traces[name] for name in recorders]
 
 
 @dataclass

@@ -19,6 +19,7 @@ from fettle.chat import ChatTemplate
 from fettle.cli import app
 from fettle.config import OptimizeConfig
 from fettle.display import as_json, print_table
+from fettle.errors import UsageError
 from fettle.family import Family
 from fettle.manifest import Runtime
 from fettle.text_trace import Trace
@@ -49,7 +50,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OptimizeConfig, Family]]:
     with pytest.MonkeyPatch.context() as patch:
         settle(patch)
-        config = config_for(model, tmp_path_factory.mktemp("made"))
+        config = config_for(model, tmp_path_factory.mktemp("made"), votes=5, vote_temperature=0.5)
         yield config, run(config)
 
 
@@ -123,6 +124,22 @@ def test_the_command_is_written_down(made: tuple[OptimizeConfig, Family]) -> Non
     assert "--prompt 'Say {text}'" in command
     assert f"--answer '{ANSWER}'" in command
     assert "--max-tokens 6" in command
+    assert "--votes 5 --vote-temperature 0.5" in command
+
+
+def test_votes_are_drawn_and_certified(made: tuple[OptimizeConfig, Family]) -> None:
+    _, family = made
+    lossless, *others = family.manifest.votes
+    assert (lossless.choices, lossless.temperature, lossless.certificate) == (5, 0.5, None)
+    assert 3 <= lossless.drawn <= 5
+    for vote in others:
+        assert vote.certificate is not None
+        assert vote.certificate.rows == ROWS["calibration"]
+        assert vote.certificate.upper_bound <= vote.certificate.alpha
+        assert vote.drawn <= lossless.drawn
+    left = {0.1, 0.6} - {vote.certificate.alpha for vote in others if vote.certificate}
+    assert all(any(f"no vote within {alpha:g}" in note for note in family.manifest.analysis.notes) for alpha in left)
+    assert "agree on" in Page(render(family)).texts["texts"]
 
 
 def test_the_report_shows_what_is_written_and_how_fast(made: tuple[OptimizeConfig, Family]) -> None:
@@ -259,6 +276,14 @@ def test_what_cannot_be_is_said_in_one_line(model: Path, tmp_path: Path, options
     assert code in (1, 2)
     assert said in line
     assert not (tmp_path / "out/family.json").exists()
+
+
+def test_votes_need_rows_and_answers_that_a_service_can_read(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--votes: a service reads no answers with a Python function"):
+        run(config_for(model, tmp_path / "one", votes=3, answer="function=string:capwords"))
+    files = write_data(tmp_path / "two", {"train": 24, "validation": 30, "test": 20})
+    with pytest.raises(UsageError, match="--votes: the data have no calibration split"):
+        run(config_for(model, tmp_path / "two", votes=3, files=files))
 
 
 def test_labels_that_are_not_there(model: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from deployments.watch import Watch
 from fettle.config import LimitConfig
 from fettle.errors import EngineError, RequestError
 from fettle.family import FAMILY_FILE, Family
-from fettle.findings import Gate, Step, TextGates, TextScore
+from fettle.findings import Certificate, Gate, Step, TextGates, TextScore, VotePoint
 from fettle.generation import GREEDY, Finish, Sampling
 from fettle.manifest import TaskKind
 from fettle.tokenizer import Tokenizer
@@ -206,6 +206,30 @@ async def test_a_vote_is_answered_by_what_most_say(served):
     assert len(spent.votes) == 1
     assert spent.votes[0].won <= spent.votes[0].drawn <= 7
     assert pieces[-1].finish in (Finish.EARLY_VOTE, Finish.LENGTH, Finish.STOP)
+
+
+async def test_a_certified_vote_says_so_and_draws_fewer(served):
+    proof = Certificate(alpha=0.05, delta=0.05, errors=9, rows=1000, p_value=0.01, upper_bound=0.016)
+    vote = VotePoint(id="vote-within-0.05", choices=15, confidence=0.6, temperature=0.7, drawn=4.0, certificate=proof)
+    manifest = served.family.family.manifest
+    served.family.family.manifest = manifest.model_copy(update={"votes": [vote]})
+    drawn = {}
+    for level in ("exact", 0.05):
+        spent = 0
+        for number in range(12):
+            asked = served.call(
+                f"prompt {number}", level, sampling=Sampling(0.7, seed=number), choices=15, vote=True, max_tokens=8
+            )
+            pieces = await served.pieces(asked)
+            answering = pieces[0].answering
+            assert (answering.point, answering.bound) == (
+                ("vote-within-0.05", 0.016) if level == 0.05 else (None, "exact")
+            )
+            spent += pieces[-1].spent.votes[0].drawn
+        drawn[level] = spent
+    assert drawn[0.05] < drawn["exact"]
+    own = served.call("one", 0.05, sampling=Sampling(0.7), choices=15, vote=True, max_tokens=8, stop=("q",))
+    assert (await served.pieces(own))[0].answering.point is None
 
 
 async def test_a_vote_needs_an_answer(served):

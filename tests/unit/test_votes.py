@@ -12,8 +12,9 @@ from scipy import stats
 
 from fettle.errors import UsageError
 from fettle.extract import Answer
-from fettle.generation import Finish
-from fettle.votes import VoteRule, Votes
+from fettle.findings import Certificate, VotePoint
+from fettle.generation import Finish, Sampling
+from fettle.votes import VoteRule, Votes, certified
 
 A, B, C = Answer("a"), Answer("b"), Answer("c")
 NONE = Answer("no answer in here", found=False)
@@ -162,3 +163,43 @@ def test_nobody_votes_twice():
 def test_rules_that_are_none(choices: int, confidence: float | None):
     with pytest.raises(UsageError):
         VoteRule(choices, confidence)
+
+
+def point(alpha: float, drawn: float, choices: int = 16, temperature: float = 0.7) -> VotePoint:
+    proof = Certificate(alpha=alpha, delta=0.05, errors=0, rows=1000, p_value=0.01, upper_bound=alpha / 2)
+    return VotePoint(
+        id=f"vote-within-{alpha:g}",
+        choices=choices,
+        confidence=0.9,
+        temperature=temperature,
+        drawn=drawn,
+        certificate=proof,
+    )
+
+
+POINTS = [
+    VotePoint(id="vote-lossless", choices=16, temperature=0.7, drawn=10),
+    point(0.01, 6),
+    point(0.05, 4),
+    point(0.05, 2, choices=4),
+]
+WARM = Sampling(temperature=0.7)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "sampling", "choices", "chosen"),
+    [
+        (0.0, WARM, 16, None),
+        (0.01, WARM, 16, "vote-within-0.01"),
+        (0.2, Sampling(temperature=0.7, seed=4, logprobs=2), 16, "vote-within-0.05"),
+        (0.2, Sampling(temperature=0.8), 16, None),
+        (0.2, Sampling(temperature=0.7, top_p=0.9), 16, None),
+        (0.2, Sampling(temperature=0.7, top_k=5), 16, None),
+        (0.2, Sampling(temperature=0.7, logit_bias={1: 2.0}), 16, None),
+        (0.2, Sampling(temperature=0.7, presence_penalty=0.1), 16, None),
+        (0.2, WARM, 8, None),
+    ],
+)
+def test_a_certificate_is_about_draws_of_one_kind(tolerance, sampling, choices, chosen):
+    found = certified(POINTS, tolerance, sampling, choices)
+    assert (found and found.id) == chosen
