@@ -49,7 +49,7 @@ def build_api(
         groups.append(TextEndpoints(router, text_source, conversations))
     routes = [route for group in groups for route in group.routes]
     direct = {path: handler for path, handler, _ in routes}
-    app = Api(direct, clients or {}, title="Fettle", version=__version__, description=DESCRIPTION)
+    app = Api(direct, clients or {}, router.journal, title="Fettle", version=__version__, description=DESCRIPTION)
     border.add_posts(app, routes)
     Status(router).add_to(app)
     border.install_error_handlers(app)
@@ -212,7 +212,8 @@ class Endpoints:
         return reply(ranked[0] if single else ranked, answer.headers)
 
     def _ask(self, request: Request, body: schemas.Wished, kind: TaskKind) -> Asked:
-        return self._router.ask(body.model, kind, wishes_of(request, body), border.client_of(request))
+        asked = self._router.ask(body.model, kind, wishes_of(request, body), border.client_of(request))
+        return border.remember(request, asked)
 
     async def _answer(
         self, asked: Asked, inputs: Any, *, max_length: int | None = None, truncate: bool = True

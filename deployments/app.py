@@ -21,10 +21,13 @@ from ray.serve.handle import DeploymentHandle
 from deployments.api import build_api
 from deployments.batcher import Batcher
 from deployments.border import Api
+from deployments.exporter import Exporter
+from deployments.fleet import Fleet, deployment_name
 from deployments.lane import Lane, Queued, Replicas
 from deployments.menu import Menu
 from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
 from deployments.router import Client, Router
+from deployments.router_metrics import RouterMetrics
 from deployments.served import ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.text_router import TextRouter
@@ -88,14 +91,15 @@ class RouterIngress:
 
         router, telemetry = uuid.uuid4().hex[:8], Telemetry()
         watch = Watch(router, families, telemetry, send, config.monitor.share)
-        made = Router(families, config.limits, config.classes, telemetry, watch, router)
+        made = Router(families, config.limits, config.classes, telemetry, watch, id=router)
         self._api = build_api(made, clients_of(config), TextRouter(made))
-        self._followed, self._watch = followed, watch
+        self._followed, self._watch, self._fleet = followed, watch, Fleet()
+        self._metrics = RouterMetrics(made, self._fleet, Exporter())
 
     def __serve_build_asgi_app__(self) -> Api:
-        following = follow_replicas(self._followed, serve.get_replica_context().app_name)
+        following = follow_replicas(self._followed, serve.get_replica_context().app_name, self._fleet)
         loop = asyncio.get_running_loop()
-        self._running = [loop.create_task(following), loop.create_task(self._watch.run())]
+        self._running = [loop.create_task(run) for run in (following, self._watch.run(), self._metrics.run())]
         return self._api
 
 
@@ -235,10 +239,6 @@ def replica_gpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
     if config.gpus is not None:
         return config.gpus
     return manifest.resources.gpus or float(config.device == "cuda")
-
-
-def deployment_name(family: str, variant: str) -> str:
-    return f"{family}.{variant}"
 
 
 def make_slots(handle: DeploymentHandle, config: ServeConfig) -> ReplicaSlots:

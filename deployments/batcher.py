@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from deployments.flights import Flights
+from deployments.histogram import SIZES, size_of
 from deployments.slots import CostModel, Slot, SlotLostError, Slots
 from deployments.tickets import Answered, Gates, Leg, Terms, Ticket
 from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
@@ -36,7 +37,7 @@ GAP_AGAIN_S = 0.02
 
 @dataclass(slots=True)
 class BatcherStats:
-    """Counters since the start; `batch_tokens` are padded, `row_tokens` are not."""
+    """Counters since the start; `batch_tokens` are padded, `row_tokens` are not; `sizes` of batches by `SIZES`."""
 
     rows: int = 0
     batches: int = 0
@@ -47,6 +48,7 @@ class BatcherStats:
     withdrawn: int = 0
     retried: int = 0
     infer_ms: float = 0.0
+    sizes: list[int] = field(default_factory=lambda: [0] * len(SIZES))
 
 
 def always() -> bool:
@@ -326,6 +328,7 @@ class Batcher:
         began, self._last_done = max(taken, self._last_done), time.monotonic()
         self.stats.rows += len(batch)
         self.stats.batches += 1
+        self.stats.sizes[size_of(len(batch))] += 1
         self.stats.row_tokens += rows.tokens
         self.stats.batch_tokens += rows.longest * len(batch)
         self.stats.infer_ms += outputs.infer_ms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -15,9 +16,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from deployments.router import ANYBODY, Client
+from deployments.journal import Journal, request_id
+from deployments.router import ANYBODY, Asked, Client
 from deployments.schemas import ErrorReply
 from fettle.errors import AuthError, FettleError, OverloadedError, RequestError, TooLargeError
+from fettle.manifest import TaskKind
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,6 +33,9 @@ Route = tuple[str, Callable[..., Awaitable[Response]], Any]
 # The page asks for a key itself.
 OPEN_PATHS = frozenset({"/health", "/"})
 CLIENT = "fettle.client"
+ASKED = "fettle.asked"
+# A request that takes so many times the latency objective is told of; of a text only its wait counts.
+SLOW = 10.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorReply, "description": "the request is not right"},
     401: {"model": ErrorReply, "description": "no valid API key"},
@@ -164,9 +170,16 @@ class Api(FastAPI):
     quarter of the router's CPU time. The same handlers are routes of the application, which documents them.
     """
 
-    def __init__(self, direct: Mapping[str, Handler], clients: Mapping[str, Client], **settings: Any) -> None:
+    def __init__(
+        self,
+        direct: Mapping[str, Handler],
+        clients: Mapping[str, Client],
+        journal: Journal | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(redoc_url=None, redirect_slashes=False, **settings)
         self._direct = direct
+        self.journal = journal or Journal()
         self._clients = {key.encode(): client for key, client in clients.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -175,12 +188,14 @@ class Api(FastAPI):
             return
         client = self._client(scope)
         if client is None:
-            response = error_reply(AuthError("a valid API key is needed: `Authorization: Bearer KEY`"))
+            refusal = AuthError("a valid API key is needed: `Authorization: Bearer KEY`")
+            note_error(self.journal, scope, refusal)
+            response = error_reply(refusal)
             await response(scope, receive, send)
             return
         scope[CLIENT] = client
         if scope["method"] == "POST" and scope["path"] in self._direct:
-            response = await _answered(self._direct[scope["path"]], Request(scope, receive))
+            response = await _answered(self._direct[scope["path"]], Request(scope, receive), self.journal)
             await response(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
@@ -202,15 +217,56 @@ def client_of(request: Request) -> Client:
     return client
 
 
-async def _answered(handler: Handler, request: Request) -> Response:
+def remember(request: Request, asked: Asked) -> Asked:
+    """What the request asks for, for what may have to be said about it."""
+    request.scope[ASKED] = asked
+    return asked
+
+
+def note_error(journal: Journal, scope: Scope, error: FettleError) -> None:
+    """A line about a request that is answered with an error."""
+    journal.failed(error, id_of(scope), path=scope["path"], **_subject(scope))
+
+
+def id_of(scope: Scope) -> str:
+    """The request's id, which Serve has given to those that came without one, and echoes."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return request_id(given.decode("latin-1"))
+
+
+def _subject(scope: Scope) -> dict[str, str]:
+    asked: Asked | None = scope.get(ASKED)
+    if asked is None:
+        return {}
+    return {"family": asked.family.name, "class": asked.quality.asked, "client": asked.client.name}
+
+
+def _note_if_slow(journal: Journal, scope: Scope, response: Response) -> None:
+    """The reply's own headers say who answered and where the time went."""
+    asked: Asked | None = scope.get(ASKED)
+    if asked is None or response.status_code != 200:
+        return
+    took_ms = 1000 * (time.monotonic() - asked.terms.arrived)
+    limit_ms = SLOW * asked.family.gears.objective_ms
+    if took_ms <= limit_ms:
+        return
+    facts = {name[9:].replace("-", "_"): value for name, value in response.headers.items() if name[:9] == "x-fettle-"}
+    if asked.family.task.kind is not TaskKind.GENERATE or float(facts.get("queue_ms", 0.0)) > limit_ms:
+        journal.slow(id_of(scope), path=scope["path"], took_ms=round(took_ms, 1), client=asked.client.name, **facts)
+
+
+async def _answered(handler: Handler, request: Request, journal: Journal) -> Response:
     try:
-        return await handler(request)
+        response = await handler(request)
     except FettleError as error:
+        note_error(journal, request.scope, error)
         return error_reply(error)
     except ClientDisconnect as error:
         return await _on_disconnect(request, error)
     except Exception as error:
-        return await _on_bug(request, error)
+        return _bug(journal, request, error)
+    _note_if_slow(journal, request.scope, response)
+    return response
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -221,13 +277,15 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-async def _on_fettle_error(_: Request, error: Exception) -> Response:
+async def _on_fettle_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, FettleError)
+    note_error(request.app.journal, request.scope, error)
     return error_reply(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    request.app.journal.count(error.status_code, "http")
     message = f"{request.method} {request.url.path}: {error.detail}"
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
     return reply(body, dict(error.headers or {}), error.status_code)
@@ -239,5 +297,11 @@ async def _on_disconnect(_: Request, __: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    logger.exception("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
+    return _bug(request.app.journal, request, error)
+
+
+def _bug(journal: Journal, request: Request, error: Exception) -> Response:
+    told = {"request_id": id_of(request.scope), **_subject(request.scope)}
+    logger.exception("unexpected error in %s %s", request.method, request.url.path, exc_info=error, extra=told)
+    journal.count(FettleError.status, "bug")
     return error_reply(FettleError("internal error; the service's log has the details"))

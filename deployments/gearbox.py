@@ -6,12 +6,15 @@ uses now, over the latency objective.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from deployments.lane import Queued
 from deployments.menu import Menu, Way
 from fettle.config import GearConfig
 from fettle.gears import Gear, path_drain_s, shifted
+
+logger = logging.getLogger("ray.serve")
 
 # How often readings are taken: `fettle.gears.SMOOTHING` is made for it.
 EVERY_S = 0.1
@@ -20,8 +23,10 @@ EVERY_S = 0.1
 class Gearbox:
     """One gear for each class, by its level; those that allow degraded answers have gears of their own."""
 
-    def __init__(self, menu: Menu, batchers: Mapping[str, Queued], config: GearConfig) -> None:
+    def __init__(self, menu: Menu, batchers: Mapping[str, Queued], config: GearConfig, family: str = "") -> None:
+        """`family` is what the log calls it."""
         self._menu = menu
+        self._family = family
         self._batchers = batchers
         self._config = config
         self._gears: dict[tuple[float, bool], Gear] = {(level, False): Gear() for level in menu.levels}
@@ -44,7 +49,11 @@ class Gearbox:
             number = min(gear.number, len(ways) - 1)
             behind = self._pressure(ways[number - 1]) if number else 0.0
             reading = self._pressure(ways[number])
-            self._gears[level, degraded] = shifted(gear, reading, now, len(ways), self._config, behind=behind)
+            new = self._gears[level, degraded] = shifted(gear, reading, now, len(ways), self._config, behind=behind)
+            if new.number != gear.number:
+                facts = {"family": self._family, "class": f"{level:g}", "gear": new.number, "degraded": degraded}
+                facts |= {"pressure": round(new.pressure, 3), "point": ways[min(new.number, len(ways) - 1)].name}
+                logger.info("a class shifts its gear", extra={"kind": "gear", **facts})
 
     def _pressure(self, way: Way) -> float:
         backlogs = [self._batchers[variant].backlog_s for variant in way.variants]

@@ -13,6 +13,12 @@ PER_OCTAVE = 8
 # The last but one ends above 100 s; the last has no end.
 BINS = PER_OCTAVE * 24
 HIGHEST_MS = LOWEST_MS * 2 ** ((BINS - 2) / PER_OCTAVE)
+# Of these, every fourth edge from 0.64 ms to 84 s ends a bucket as Prometheus is shown it; `le`, in seconds.
+_STEP = PER_OCTAVE // 2
+_EDGES = tuple(range(6 * PER_OCTAVE, 23 * PER_OCTAVE + 1, _STEP))
+BUCKETS_S = (*(f"{LOWEST_MS * 2 ** (edge / PER_OCTAVE) / 1000:.6g}" for edge in _EDGES), "+Inf")
+# Sizes of batches, by powers of two.
+SIZES = (*(str(2**power) for power in range(11)), "+Inf")
 
 
 def bin_of(ms: float) -> int:
@@ -52,3 +58,14 @@ def quantiles(counts: Mapping[int, float], shares: Sequence[float]) -> list[floa
 def sparse(counts: Iterable[int]) -> dict[str, int]:
     """The bins that are not empty, by number; as text, since JSON has no other keys."""
     return {str(number): count for number, count in enumerate(counts) if count}
+
+
+def buckets(bins: Sequence[int]) -> list[int]:
+    """How many are in each of `BUCKETS_S`, from the number in each bin."""
+    middle = [sum(bins[edge - _STEP + 1 : edge + 1]) for edge in _EDGES[1:]]
+    return [sum(bins[: _EDGES[0] + 1]), *middle, sum(bins[_EDGES[-1] + 1 :])]
+
+
+def size_of(rows: int) -> int:
+    """The number of the bucket of `SIZES` that a batch of so many rows is in."""
+    return min((rows - 1).bit_length(), len(SIZES) - 1)

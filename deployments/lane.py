@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 from deployments.batcher import MAX_LOSSES, Batcher, BatcherStats, always
+from deployments.histogram import size_of
 from deployments.slots import SlotLostError
 from deployments.text_work import Bit, TextWork
 from deployments.tickets import Terms
@@ -238,6 +239,7 @@ class Lane:
         choices = len(work.numbers)
         self.stats.rows += choices
         self.stats.batches += 1
+        self.stats.sizes[size_of(choices)] += 1
         self.stats.row_tokens += tokens
         self.stats.infer_ms += 1000 * seconds
         self._expected += WEIGHT * (tokens / choices - self._expected)

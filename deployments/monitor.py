@@ -17,6 +17,8 @@ from typing import Any
 
 from ray import serve
 
+from deployments.exporter import EVERY_S, Exporter
+from deployments.monitor_metrics import tell_points
 from deployments.reports import MonitorReply as MonitorReply
 from deployments.reports import RouterReport as RouterReport
 from deployments.telemetry import History, merged
@@ -175,9 +177,16 @@ class MonitorDeployment:
 
     def __init__(self, families: Mapping[str, str], config: MonitorConfig) -> None:
         self._monitor = Monitor(families, config)
+        self._exporter = Exporter()
+        self._told = 0.0
 
     async def sync(self, report: RouterReport) -> MonitorReply:
-        return await self._monitor.sync(report)
+        reply = await self._monitor.sync(report)
+        now = time.monotonic()
+        if now - self._told >= EVERY_S:
+            self._told = now
+            tell_points(reply.states, self._exporter)
+        return reply
 
 
 def _signature(path: Path) -> tuple[int, ...]:

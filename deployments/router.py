@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deployments.journal import Journal
 from deployments.menu import EXACT, Way
 from deployments.served import Quality, ServedFamily
 from deployments.telemetry import Telemetry
@@ -111,6 +112,7 @@ class Router:
     classes: Mapping[str, float] = field(default_factory=dict)
     telemetry: Telemetry = field(default_factory=Telemetry)
     watch: Watch = field(default_factory=Watch)
+    journal: Journal = field(default_factory=Journal)
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     def find(self, model: str | None, kind: TaskKind | None = None) -> tuple[ServedFamily, str | None]:
@@ -216,7 +218,8 @@ class Router:
         # Drawn before anything is known of the way or the load, so that neither decides what is looked at.
         sample = self.watch.draw(len(tokenized.rows))
         await self.watch.informed()
-        with holding(asked.client, tokenized.tokens):
+        tokens = tokenized.tokens
+        with holding(asked.client, tokens):
             way, gear = self.choose(asked)
             with self.counted(asked):
                 async with _until(asked.terms.deadline):
@@ -233,6 +236,7 @@ class Router:
             queue_ms=walked.queue_ms,
             infer_ms=walked.infer_ms,
             total_ms=(time.monotonic() - asked.terms.arrived) * 1000,
+            tokens=tokens,
         )
         return inferred
 

@@ -121,8 +121,15 @@ class ServedFamily:
         if not known <= self._own_fingerprints:
             changed = self._reload() or changed
         if changed:
+            self._tell_revoked(mine)
             self._revoked = revoked
             self._build_menu()
+
+    def _tell_revoked(self, states: Collection[PointState]) -> None:
+        for state in states:
+            if state.status == "revoked" and state.fingerprint not in self._revoked:
+                facts = {"kind": "revoked", "family": self.name, "point": state.point, "compared": str(state.shadows)}
+                logger.warning("an operating point is revoked", extra=facts | {"changed": str(state.disagreements)})
 
     def gauges(self) -> FamilyGauges:
         """What is so now, for the live page."""
@@ -185,7 +192,7 @@ class ServedFamily:
     def _build_menu(self) -> None:
         self._own_fingerprints = frozenset(fingerprint(point) for point in self.family.manifest.points)
         self.menu = Menu(self.family, self.batchers, self._revoked)
-        self.gearbox = Gearbox(self.menu, self.batchers, self.gears)
+        self.gearbox = Gearbox(self.menu, self.batchers, self.gears, self.name)
         self.gearbox.tick(time.monotonic())
 
 

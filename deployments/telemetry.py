@@ -76,16 +76,55 @@ class FamilyGauges:
 
 
 @dataclass(slots=True)
-class Counts:
-    """Of one family. `times` has bins and a sum of ms for each of `PARTS`; `class_times` bins of the total."""
+class Times:
+    """Bins, and the sum in ms."""
 
-    points: dict[str, int] = field(default_factory=dict)
-    classes: dict[str, int] = field(default_factory=dict)
+    bins: list[int] = field(default_factory=lambda: [0] * BINS)
+    sum_ms: float = 0.0
+
+    def add(self, ms: float) -> None:
+        self.bins[bin_of(ms)] += 1
+        self.sum_ms += ms
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of one family. `times` has bins and a sum of ms for each of `PARTS`; `class_times` of the total, by class.
+
+    `ways` by class and point. Of text: `texts` by variant and why they ended, `given_up` by variant; `first_times` and
+    `token_times` of streams, by variant.
+    """
+
+    ways: dict[tuple[str, str], int] = field(default_factory=dict)
     places: dict[tuple[str, int], int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
     times: tuple[list[int], ...] = field(default_factory=lambda: tuple([0] * BINS for _ in PARTS))
     sums: list[float] = field(default_factory=lambda: [0.0] * len(PARTS))
-    class_times: dict[str, list[int]] = field(default_factory=dict)
+    class_times: dict[str, Times] = field(default_factory=dict)
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    texts: dict[tuple[str, str], int] = field(default_factory=dict)
+    given_up: dict[str, int] = field(default_factory=dict)
+    first_times: dict[str, Times] = field(default_factory=dict)
+    token_times: dict[str, Times] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What a call for text came to.
+
+    `finishes`: why each text of `variant` ended; `given_up`: of each text that was replaced, its variant.
+    `first_ms` and `token_ms` of a stream: until its first token, and between two on average; None where unknown.
+    """
+
+    variant: str
+    finishes: Sequence[str]
+    output_tokens: int
+    cached_tokens: int = 0
+    given_up: Sequence[str] = ()
+    first_ms: float | None = None
+    token_ms: float | None = None
 
 
 class Telemetry:
@@ -94,7 +133,7 @@ class Telemetry:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._started = clock()
-        self._families: dict[str, Counts] = {}
+        self.families: dict[str, Counts] = {}
 
     def answered(
         self,
@@ -107,14 +146,16 @@ class Telemetry:
         queue_ms: float,
         infer_ms: float,
         total_ms: float,
+        tokens: int = 0,
     ) -> None:
         """A request got its reply. `quality` names its class, `point` its operating point, else its variant.
 
-        `rows`: the variant and the stage that answered each of them.
+        `rows`: the variant and the stage that answered each of them; `tokens` of them all.
         """
-        counts = self._families.get(family) or self._counts(family)
-        counts.points[point] = counts.points.get(point, 0) + 1
-        counts.classes[quality] = counts.classes.get(quality, 0) + 1
+        counts = self.families.get(family) or self._counts(family)
+        way = (quality, point)
+        counts.ways[way] = counts.ways.get(way, 0) + 1
+        counts.input_tokens += tokens
         places = counts.places
         for place in rows:
             places[place] = places.get(place, 0) + 1
@@ -126,17 +167,33 @@ class Telemetry:
         total[whole] += 1
         by_class = counts.class_times.get(quality)
         if by_class is None:
-            by_class = counts.class_times[quality] = [0] * BINS
-        by_class[whole] += 1
+            by_class = counts.class_times[quality] = Times()
+        by_class.bins[whole] += 1
+        by_class.sum_ms += total_ms
         sums = counts.sums
         sums[0] += tokenize_ms
         sums[1] += queue_ms
         sums[2] += infer_ms
         sums[3] += total_ms
 
+    def generated(self, family: str, made: Generated) -> None:
+        """A call for text was answered in full; `answered` is told as well."""
+        counts = self.families.get(family) or self._counts(family)
+        counts.cached_tokens += made.cached_tokens
+        counts.output_tokens += made.output_tokens
+        for finish in made.finishes:
+            end = (made.variant, finish)
+            counts.texts[end] = counts.texts.get(end, 0) + 1
+        for variant in made.given_up:
+            counts.given_up[variant] = counts.given_up.get(variant, 0) + 1
+        if made.first_ms is not None:
+            counts.first_times.setdefault(made.variant, Times()).add(made.first_ms)
+        if made.token_ms is not None:
+            counts.token_times.setdefault(made.variant, Times()).add(made.token_ms)
+
     def refused(self, family: str, why: Refusal) -> None:
         """A request got an error: the queue was full, its key's limit was reached, it was too late, or it failed."""
-        refused = (self._families.get(family) or self._counts(family)).refused
+        refused = (self.families.get(family) or self._counts(family)).refused
         refused[why] = refused.get(why, 0) + 1
 
     def snapshot(self, gauges: Sequence[FamilyGauges]) -> dict[str, Any]:
@@ -148,13 +205,18 @@ class Telemetry:
         }
 
     def _counts(self, family: str) -> Counts:
-        return self._families.setdefault(family, Counts())
+        return self.families.setdefault(family, Counts())
 
     def _family(self, gauges: FamilyGauges) -> dict[str, Any]:
-        counts = self._families.get(gauges.name) or Counts()
+        counts = self.families.get(gauges.name) or Counts()
         places: Tree = {}
         for (variant, stage), rows in counts.places.items():
             places.setdefault(variant, {})[str(stage)] = rows
+        points: dict[str, int] = {}
+        classes: dict[str, int] = {}
+        for (quality, point), requests in counts.ways.items():
+            points[point] = points.get(point, 0) + requests
+            classes[quality] = classes.get(quality, 0) + requests
         now = _finite(asdict(gauges), ENDLESS)
         work = ("rows", "batches", "busy_ms")
         return {
@@ -163,13 +225,13 @@ class Telemetry:
                 {name: value for name, value in variant.items() if name not in work} for variant in now["variants"]
             ],
             "counters": {
-                "points": dict(counts.points),
-                "classes": dict(counts.classes),
+                "points": points,
+                "classes": classes,
                 "places": places,
                 "refused": dict(counts.refused),
                 "times": {part: sparse(bins) for part, bins in zip(PARTS, counts.times, strict=True)},
                 "sums": dict(zip(PARTS, counts.sums, strict=True)),
-                "class_times": {name: sparse(bins) for name, bins in counts.class_times.items()},
+                "class_times": {name: sparse(times.bins) for name, times in counts.class_times.items()},
                 "work": {variant["id"]: {name: variant[name] for name in work} for variant in now["variants"]},
             },
         }

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,6 @@ class Exchange:
 
     call: TextCall
     shape: Shape
-    tokenize_ms: float
     usage: bool = False
     bare: bool = False
     best: int | None = None
@@ -87,12 +86,12 @@ class TextEndpoints:
         for place, prompt in enumerate(ids):
             if not len(prompt):
                 raise RequestError(f"prompt: text {place} is empty; give at least one token", param="prompt")
-        call = text_calls.completion_call(f"cmpl-{uuid.uuid4().hex}", asked, body, ids)
+        call = replace(text_calls.completion_call(f"cmpl-{uuid.uuid4().hex}", asked, body, ids), tokenize_ms=ms)
         echo = [*texts, *map(tokenizer.text, lists)] if body.echo else None
         bare = body.max_tokens == 0
         shape = CompletionShape(call, echo, logprobs=body.logprobs is not None, bare=bare)
         best = body.n or 1 if call.choices > (body.n or 1) else None
-        return await self._answer(request, Exchange(call, shape, ms, _wants_usage(body), bare, best))
+        return await self._answer(request, Exchange(call, shape, _wants_usage(body), bare, best))
 
     async def chat_completions(self, request: Request) -> Response:
         """Chat completions as the OpenAI API documents them; the model's own template makes the prompt."""
@@ -109,10 +108,14 @@ class TextEndpoints:
         if not len(ids):
             raise RequestError("messages: the chat template makes nothing of them; say something", param="messages")
         call = text_calls.chat_call(f"chatcmpl-{uuid.uuid4().hex}", asked, body, ids, plan.grammar)
-        return await self._answer(request, Exchange(call, ChatShape(call, plan), ms, _wants_usage(body)))
+        call = replace(call, tokenize_ms=ms)
+        return await self._answer(request, Exchange(call, ChatShape(call, plan), _wants_usage(body)))
 
     def _ask(self, request: Request, body: text_schemas.GenerateRequest) -> Asked:
-        return self._router.ask(body.model, TaskKind.GENERATE, wishes_of(request, body), border.client_of(request))
+        client = border.client_of(request)
+        return border.remember(
+            request, self._router.ask(body.model, TaskKind.GENERATE, wishes_of(request, body), client)
+        )
 
     async def _answer(self, request: Request, exchange: Exchange) -> Response:
         return await (self._streamed if exchange.call.stream else self._whole)(request, exchange)
@@ -130,7 +133,7 @@ class TextEndpoints:
         over = [choice for choice in choices.values() if choice.finish is not None]
         if answering is None or spent is None or len(over) < call.answers:
             raise _broken_off()
-        told = text_shapes.served(self._router.id, call, answering, exchange.tokenize_ms, spent)
+        told = text_shapes.served(self._router.id, call, answering, call.tokenize_ms, spent)
         content = {
             **_head(call, exchange.shape.object, spent.variants or answering.variants),
             "choices": [
@@ -151,12 +154,17 @@ class TextEndpoints:
         except BaseException:
             await pieces.aclose()
             raise
-        told = text_shapes.served(self._router.id, exchange.call, first.answering, exchange.tokenize_ms)
-        events = self._events(exchange, first, first.answering, pieces)
+        told = text_shapes.served(self._router.id, exchange.call, first.answering, exchange.call.tokenize_ms)
+        events = self._events(request, exchange, first, first.answering, pieces)
         return EventStream(events, text_shapes.headers_of(told), pieces)
 
     async def _events(
-        self, exchange: Exchange, first: Piece, answering: Answering, pieces: AsyncGenerator[Piece, None]
+        self,
+        request: Request,
+        exchange: Exchange,
+        first: Piece,
+        answering: Answering,
+        pieces: AsyncGenerator[Piece, None],
     ) -> AsyncGenerator[bytes, None]:
         """A block of events for each piece that has something to tell; the end comes with the last one."""
         chunks, piece = Chunks(exchange, answering), first
@@ -165,7 +173,8 @@ class TextEndpoints:
                 if block := chunks.block(piece):
                     yield block
                 piece = await anext(pieces)
-            told = text_shapes.served(self._router.id, exchange.call, answering, exchange.tokenize_ms, piece.spent)
+            call = exchange.call
+            told = text_shapes.served(self._router.id, call, answering, call.tokenize_ms, piece.spent)
             yield chunks.end(piece, piece.spent, told) + DONE
             return
         except FettleError as error:
@@ -175,6 +184,7 @@ class TextEndpoints:
         except Exception:
             logger.exception("unexpected error in a stream of %s", exchange.call.asked.family.name)
             failure = FettleError("internal error; the service's log has the details")
+        border.note_error(self._router.journal, request.scope, failure)
         yield event(failure.body()) + DONE
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from deployments.lane import Lane
 from deployments.menu import Way
 from deployments.router import Router, holding
+from deployments.telemetry import Generated
 from deployments.text_engine import seeded
 from deployments.text_source import Answering, Piece, Spent, TextCall, Votes
 from deployments.text_work import Bit, TextWork, merged
@@ -120,11 +121,13 @@ class TextRouter:
             family.level_name(call.asked.quality),
             way.name,
             [(told.variant, 0)] * call.answers,
-            tokenize_ms=0.0,
+            tokenize_ms=call.tokenize_ms,
             queue_ms=told.queue_ms,
             infer_ms=told.infer_ms,
             total_ms=(now - call.asked.terms.arrived) * 1000,
+            tokens=sum(map(len, call.prompts)),
         )
+        self.router.telemetry.generated(family.name, told.made)
 
 
 def is_certified_kind(call: TextCall) -> bool:
@@ -201,7 +204,9 @@ class _Told:
     done: bool = False
     _turn: float | None = None
     _first: bool = True
-    _over: int = 0
+    _first_token: float | None = None
+    _finishes: list[str] = field(default_factory=list)
+    _given_up: list[str] = field(default_factory=list)
     _tokens: int = 0
     _cached: int = 0
     _votes: dict[int, Votes] = field(default_factory=dict)
@@ -220,6 +225,7 @@ class _Told:
         """An attempt that is not taken was paid for all the same."""
         tokens = sum(len(bit.tokens) for bit in attempt)
         self._tokens += tokens
+        self._given_up += [self.variant] * len(attempt)
         self._attempts.append(
             {
                 "variant": self.variant,
@@ -237,13 +243,16 @@ class _Told:
                 raise bit.error
             self._tokens += len(bit.tokens)
             self._cached += bit.cached
-            self._over += bit.over
+            if bit.tokens and self._first_token is None:
+                self._first_token = time.monotonic()
+            if bit.finish is not None:
+                self._finishes.append(bit.finish.value)
             self.texts[bit.choice] = self.texts.get(bit.choice, "") + bit.text
             if bit.over:
                 self.scores[bit.choice] = bit.score
             if bit.votes is not None:
                 self._votes[bit.choice] = Votes(*bit.votes)
-            last = self._over == self.call.answers
+            last = len(self._finishes) == self.call.answers
             yield Piece(
                 bit.choice,
                 bit.text,
@@ -255,6 +264,24 @@ class _Told:
                 spent=self._spent() if last else None,
             )
             self._first = False
+
+    @property
+    def made(self) -> Generated:
+        """Of a whole call. What its first token and the time between two are, only whoever reads along can tell."""
+        first_ms, token_ms = None, None
+        if self.call.stream and self._first_token is not None:
+            first_ms = (self._first_token - self.call.asked.terms.arrived) * 1000
+            if self.call.answers == 1 and self._tokens > 1:
+                token_ms = (time.monotonic() - self._first_token) * 1000 / (self._tokens - 1)
+        return Generated(
+            self.variant,
+            self._finishes,
+            self._tokens,
+            self._cached,
+            self._given_up,
+            first_ms=first_ms,
+            token_ms=token_ms,
+        )
 
     def _answering(self) -> Answering:
         asked = self.call.asked

@@ -50,6 +50,7 @@ class TextCall:
         prompt_logprobs: the first piece of each choice tells the prompt's own tokens.
         vote: one choice a prompt is answered, numbered by its prompt: what most of its `choices` candidates agree on.
         stream: whether somebody reads along.
+        tokenize_ms: what making the prompts took.
     """
 
     id: str
@@ -68,6 +69,7 @@ class TextCall:
     early_stop: EarlyStop | None = None
     vote: bool = False
     stream: bool = False
+    tokenize_ms: float = 0.0
 
     @property
     def answers(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -12,7 +13,10 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from tokenizers import Tokenizer as FastTokenizer
 
+from deployments.exporter import EVERY_S, Exporter
+from deployments.fleet import deployment_name
 from deployments.text_engine import TextEngine
+from deployments.text_metrics import tell_generator
 from deployments.text_rules import TextRules
 from deployments.text_work import Bit, TextWork
 from deployments.text_writer import extract_of
@@ -63,6 +67,7 @@ class TextVariant:
         rules = TextRules(options.tokenizer, fast, task)
         self.engine = TextEngine(generator, Detokenizer(fast), rules, extract_of(task))
         self._started = False
+        self._name = runner.manifest.id
         # What was allocated so far lives as long as the replica: collecting it again and again is wasted time.
         gc.collect()
         gc.freeze()
@@ -72,11 +77,20 @@ class TextVariant:
         if not self._started:
             self._started = True
             self.engine.start()
+            self._telling = asyncio.get_running_loop().create_task(self._tell())
         try:
             async for bits in self.engine.generate(work):
                 yield bits
         except FettleError as error:
             yield [Bit(number, error=error) for number in work.answers]
+
+    async def _tell(self) -> None:
+        """Metrics, once a second."""
+        family = serve.get_replica_context().deployment.removesuffix(deployment_name("", self._name))
+        exporter = Exporter()
+        while True:
+            tell_generator(family, self._name, self.engine.generator, exporter)
+            await asyncio.sleep(EVERY_S)
 
     def check_health(self) -> None:
         if self._started:

@@ -24,6 +24,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 
+from deployments.fleet import Fleet
 from deployments.slots import SlotLostError
 from fettle.errors import EngineError
 from fettle.rows import Exits, Outputs, Rows
@@ -140,25 +141,24 @@ class Followed(Protocol):
         """Tell how many replicas are running now."""
 
 
-async def follow_replicas(slots: Mapping[str, Followed], application: str) -> None:
-    """Keep every deployment's slots (by its name) at what Ray says is running, until cancelled."""
+async def follow_replicas(slots: Mapping[str, Followed], application: str, fleet: Fleet) -> None:
+    """Keep every deployment's slots (by its name), and the fleet, at what Serve says there is, until cancelled."""
     while True:
         try:
-            running = await asyncio.to_thread(_running_replicas, application)
+            await asyncio.to_thread(_look_at_replicas, application, fleet)
         except RayError as error:
             # The controller is away for a moment; what was known last still holds, and lost replicas are retried.
             logger.warning("Serve's controller does not answer: %s", error)
         else:
             for name, own in slots.items():
-                own.resize(running.get(name, 0))
+                own.resize(fleet.standings[name].running if name in fleet.standings else 0)
         await asyncio.sleep(FOLLOW_EVERY_S)
 
 
-def _running_replicas(application: str) -> dict[str, int]:
-    """By deployment. `serve.status()` reads the same, and checks it by a schema at a twelfth of the router's time."""
+def _look_at_replicas(application: str, fleet: Fleet) -> None:
+    """`serve.status()` reads the same, and checks it by a schema at a twelfth of the router's time."""
     details = _get_global_client().get_serve_details()
-    deployments = details["applications"][application]["deployments"]
-    return {
-        name: sum(replica["state"] == ReplicaState.RUNNING for replica in found["replicas"])
-        for name, found in deployments.items()
-    }
+    for name, found in details["applications"][application]["deployments"].items():
+        replicas = found["replicas"]
+        running = sum(replica["state"] == ReplicaState.RUNNING for replica in replicas)
+        fleet.see(name, running, found["target_num_replicas"], [replica["replica_id"] for replica in replicas])

@@ -90,8 +90,14 @@ class Watch:
         self._seen: dict[tuple[str, str], Seen] = {}
         self._comparing: set[asyncio.Task[None]] = set()
         self._informed = asyncio.Event()
+        self._heard = time.monotonic()
         if send is None:
             self._informed.set()
+
+    @property
+    def silent_s(self) -> float:
+        """Since the monitor was last heard; 0 without one."""
+        return 0.0 if self._send is None else time.monotonic() - self._heard
 
     def draw(self, rows: int) -> list[int]:
         """Which of a request's rows will be compared, each by chance alone."""
@@ -185,6 +191,7 @@ class Watch:
         except BaseException:
             self._unsee(seen)
             raise
+        self._heard = time.monotonic()
         del self._pairs[: len(pairs)]
         self.live = reply.live
         self._learn(reply.states)

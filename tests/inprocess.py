@@ -99,7 +99,7 @@ def make_router(
             batcher.calm = made.is_calm
     telemetry = Telemetry()
     watch = Watch(id, served, telemetry, send, share, seed=1)
-    return Router(served, limits or LimitConfig(), classes or {}, telemetry, watch, id)
+    return Router(served, limits or LimitConfig(), classes or {}, telemetry, watch, id=id)
 
 
 def make_batcher(family: Family, variant: str) -> Batcher:

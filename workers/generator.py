@@ -94,6 +94,16 @@ class Generator:
         return len(self._slots.waiting)
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are held for generations under way."""
+        return self._slots.used
+
+    @property
+    def cache_size(self) -> int:
+        """Tokens that the memory holds."""
+        return self._slots.tokens
+
+    @property
     def free_slots(self) -> int:
         return self._slots.count - self._slots.held
 

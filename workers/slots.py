@@ -105,6 +105,12 @@ class Slots:
     def held(self) -> int:
         return len(self.alive) + (self.filling is not None)
 
+    @property
+    def used(self) -> int:
+        """Tokens of those that have a slot."""
+        filling = self.filling
+        return sum(sequence.fed for sequence in list(self.alive)) + (filling.fed if filling is not None else 0)
+
     def wait(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_urgency)
 
