@@ -206,7 +206,8 @@ class Watch:
         started = time.monotonic()
         while True:
             try:
-                await asyncio.wait_for(self.report(), REPLY_WITHIN_S)
+                async with asyncio.timeout(REPLY_WITHIN_S):
+                    await self.report()
             except Exception as error:
                 # The monitor may be starting again. What is revoked stays so, and what was not reported will be.
                 logger.warning("the monitor does not answer: %r", error)
