@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from scipy.special import bdtrc
 
-from benchmarks.samples import Samples
-from benchmarks.traffic import Flow, read_texts, shuffled
+from fettle.bench.samples import Samples
+from fettle.bench.texts import read_texts, shuffled
+from fettle.bench.traffic import Flow
 from fettle.family import Family
 from fettle.store import sha256_bytes, write_atomic
 

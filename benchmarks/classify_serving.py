@@ -23,12 +23,14 @@ from benchmarks import service
 from benchmarks.answers import Agreement, above_bound, compare, outside_class, reference_labels
 from benchmarks.cascade import INT8, escalation_family
 from benchmarks.comparison import WARN_OTHERS, Figures, best_peers
-from benchmarks.load import LoadPlan, sampled
 from benchmarks.meter import Meter
 from benchmarks.processes import Server, ServerSpec
 from benchmarks.systems import peer_system
-from benchmarks.traffic import Flow, Kind, read_texts
 from deployments.fastpath import free_port
+from fettle.bench.crew import sampled
+from fettle.bench.load import LoadPlan
+from fettle.bench.texts import read_texts
+from fettle.bench.traffic import Flow, Kind
 from fettle.config import ServeConfig
 from fettle.family import Family
 from fettle.manifest import Step

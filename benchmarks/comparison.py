@@ -42,7 +42,7 @@ class Figures:
 
     @classmethod
     def of(cls, name: str, connections: int, report: Mapping[str, Any], cpu: CpuWindow, *, is_peer: bool) -> Figures:
-        """From a report of `benchmarks.load` and the CPU seconds of its window.
+        """From a report of `fettle.bench` and the CPU seconds of its window.
 
         Raises:
             ValueError: no good reply in the window, or a reply that does not decode.

@@ -29,16 +29,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import service
-from benchmarks.load import TEXTS, LoadPlan, run_apart, sampled, schedule
 from benchmarks.machine import describe_machine, machine_lines
 from benchmarks.meter import Meter
 from benchmarks.processes import Server
-from benchmarks.samples import quantiles
 from benchmarks.simulation import InOrder, Job, Machine, MostRows, Outcome, RouterPolicy, ideal, most_possible, simulate
-from benchmarks.traffic import Flow, read_texts, shuffled
-from deployments.app import CALL_MS, batch_tokens, work_shares
 from deployments.fastpath import free_port
+from fettle.bench.crew import run_apart, sampled
+from fettle.bench.load import TEXTS, LoadPlan, schedule
+from fettle.bench.samples import quantiles
+from fettle.bench.texts import read_texts, shuffled
+from fettle.bench.traffic import Flow
 from fettle.config import BatchConfig
+from fettle.costs import CALL_MS, batch_tokens, work_shares
 from fettle.family import Family
 from fettle.latency import estimate_ms
 from fettle.manifest import OperatingPoint

@@ -36,12 +36,14 @@ from rich.table import Table
 
 from benchmarks import service
 from benchmarks.alarms import Stops, corrupted_family, stopping
-from benchmarks.load import TEXTS, LoadPlan, run_apart, sampled
 from benchmarks.machine import describe_machine, machine_lines
 from benchmarks.processes import Server
-from benchmarks.samples import Samples
-from benchmarks.traffic import Flow, read_texts
 from deployments.fastpath import free_port
+from fettle.bench.crew import run_apart, sampled
+from fettle.bench.load import TEXTS, LoadPlan
+from fettle.bench.samples import Samples
+from fettle.bench.texts import read_texts
+from fettle.bench.traffic import Flow
 from fettle.evidence import expected_samples
 from fettle.family import Family
 

@@ -22,7 +22,6 @@ from typing import Any, ParamSpec, TypeVar
 
 from benchmarks import classify_serving
 from benchmarks.comparison import Figures, as_object, median_limit, medians, print_tables
-from benchmarks.load import TEXTS, LoadPlan, run_apart
 from benchmarks.machine import describe_machine, machine_lines
 from benchmarks.meter import Meter
 from benchmarks.offline import Offline, offline_limit
@@ -30,8 +29,10 @@ from benchmarks.peers import infinity
 from benchmarks.processes import Server
 from benchmarks.reference import Vectors, lowest_cosine, reference_vectors
 from benchmarks.systems import ALL_PEERS, PEERS, System, fettle_system, peer_system
-from benchmarks.traffic import read_texts, shuffled
 from deployments.fastpath import free_port
+from fettle.bench.crew import run_apart
+from fettle.bench.load import TEXTS, LoadPlan
+from fettle.bench.texts import read_texts, shuffled
 from fettle.errors import FettleError
 from fettle.family import Family
 

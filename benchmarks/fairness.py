@@ -22,14 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import service
-from benchmarks.arrivals import Profile, steady
-from benchmarks.load import TEXTS, LoadPlan, run_apart, sampled
 from benchmarks.machine import describe_machine, machine_lines
 from benchmarks.meter import Meter
 from benchmarks.processes import Server
-from benchmarks.samples import Samples, summarize
-from benchmarks.traffic import Flow
 from deployments.fastpath import free_port
+from fettle.bench.arrivals import Profile, steady
+from fettle.bench.crew import run_apart, sampled
+from fettle.bench.load import TEXTS, LoadPlan
+from fettle.bench.samples import Samples, summarize
+from fettle.bench.traffic import Flow
 from fettle.config import KeyConfig
 from fettle.family import Family
 

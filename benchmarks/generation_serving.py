@@ -28,9 +28,11 @@ from rich.table import Table
 from benchmarks.generation_systems import environment
 from benchmarks.machine import describe_machine, machine_lines
 from benchmarks.processes import Server, ServerSpec
-from benchmarks.text_load import TextPlan, as_json
 from benchmarks.text_models import random_model
 from deployments.fastpath import free_port
+from fettle.bench.crew import measure
+from fettle.bench.figures import Objectives, figures
+from fettle.bench.load import LoadPlan
 from fettle.family import Family
 from fettle.generation import Prompt, Sampling
 from fettle.tokenizer import Tokenizer
@@ -42,6 +44,7 @@ LOGS = Path("build/benchmark-logs")
 MODEL, FAMILY = Path("build/benchmark-models/smollm2-135m"), Path("build/benchmark-families/smollm2-135m")
 TOKENS_IN, TOKENS_OUT, STREAMS = 128, 64, 16
 LOADS = (0.3, 0.6, 0.9)
+GOOD = Objectives(ttft_ms=1000.0, tpot_ms=100.0)
 FAMILY_NAME = "lm"
 # Random weights hardly ever end a text, but sampled tokens must not do so either.
 SAMPLED = {"temperature": 0.0, "ignore_eos": True}
@@ -81,19 +84,30 @@ def main() -> None:
 
 def measured(system: System, prompts: Sequence[str], options: argparse.Namespace, rate: float | None) -> dict[str, Any]:
     spec = system.server(free_port())
-    plan = TextPlan(spec.url, prompts, system.body, TOKENS_OUT, seconds=options.seconds, seed=options.seed)
+    texts = LOGS / "generation-prompts.jsonl"
+    texts.parent.mkdir(parents=True, exist_ok=True)
+    texts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    plan = LoadPlan(
+        spec.url,
+        None,
+        texts=texts,
+        kind="completions",
+        seconds=options.seconds,
+        warm_up=3.0,
+        seed=options.seed,
+        max_tokens=(TOKENS_OUT, TOKENS_OUT),
+        body=system.body,
+    )
     with Server(spec, LOGS / f"generation-{system.name.replace(' ', '-')}.log"):
-        closed = load(replace(plan, streams=STREAMS, warm_up=options.warm_up))
+        closed = load(replace(plan, connections=STREAMS, warm_up=options.warm_up))
         rate = rate or closed["rps"]
         loads = {f"{share:g}": load(replace(plan, rate=share * rate)) for share in LOADS}
     return {"system": system.name, "streams": closed, "loads": loads}
 
 
-def load(plan: TextPlan) -> dict[str, Any]:
+def load(plan: LoadPlan) -> dict[str, Any]:
     """In a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.text_load", as_json(plan)]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    return found
+    return figures(measure(plan), GOOD)
 
 
 def open_family(model: Path, directory: Path, variants: Sequence[str]) -> Family:
@@ -216,10 +230,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         engine = row["engine_tokens_per_s"]
         for name, found in {f"{STREAMS} streams": row["streams"], **row["loads"]}.items():
             share = f"{found['tokens_per_s'] / engine:.0%}" if engine and "streams" in name else ""
-            times = [
-                f"{found[part]['p50']} / {found[part]['p99']}"
-                for part in ("ttft_ms", "tpot_ms", "inter_token_ms", "end_to_end_ms")
-            ]
+            parts = [found[part] for part in ("ttft_ms", "tpot_ms", "inter_token_ms")] + [found]
+            times = [f"{part['p50_ms']} / {part['p99_ms']}" for part in parts]
             made.add_row(
                 row["system"],
                 name,

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Barrier
 
-from benchmarks.load import TEXTS
-from benchmarks.traffic import read_texts, shuffled
+from fettle.bench.load import TEXTS
+from fettle.bench.texts import read_texts, shuffled
 from fettle.family import Family
 from fettle.machine import usable_cores
 from fettle.rows import Row, Rows, in_batches

@@ -20,11 +20,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import TEXTS, LoadPlan, run_apart
 from benchmarks.machine import describe_machine, machine_lines
 from benchmarks.processes import Server
 from benchmarks.systems import fettle_system
 from deployments.fastpath import free_port
+from fettle.bench.crew import run_apart
+from fettle.bench.load import TEXTS, LoadPlan
 from fettle.family import Family
 
 LOG = Path("build/benchmark-logs/overload.log")

@@ -27,16 +27,17 @@ from rich.table import Table
 
 from benchmarks import service
 from benchmarks.answers import above_bound, compare, outside_class, reference_labels
-from benchmarks.arrivals import Profile, rate_at, scaled
-from benchmarks.load import TEXTS, LoadPlan, run_apart, sampled
 from benchmarks.machine import describe_machine, machine_lines
 from benchmarks.meter import Meter
 from benchmarks.processes import Server
 from benchmarks.ramp_plot import Drawing, draw
-from benchmarks.samples import Samples, quantiles
 from benchmarks.seconds import Seconds, by_second, held_until, shifts
-from benchmarks.traffic import Flow
 from deployments.fastpath import free_port
+from fettle.bench.arrivals import Profile, rate_at, scaled
+from fettle.bench.crew import run_apart, sampled
+from fettle.bench.load import TEXTS, LoadPlan
+from fettle.bench.samples import Samples, quantiles
+from fettle.bench.traffic import Flow
 from fettle.family import Family
 
 LOG = Path("build/benchmark-logs/ramp.log")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.traffic import payload, read_answer
+from fettle.bench.traffic import payload, read_answer
 
 # int8 moves a vector of this model by about 0.01; wrong pooling, or the wrong model, by far more.
 LOWEST_COSINE = 0.97

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.samples import Samples, Words, quantiles
+from fettle.bench.samples import Samples, Words, quantiles
 
 LIKELY = 0.99  # of the requests in a window must be answered, or the flow was not served there
 

@@ -6,13 +6,11 @@ One deployment for each variant, and the router before them as the ingress.
 # No `from __future__ import annotations` here: Ray reads the annotation of `build`'s argument as a class.
 
 import asyncio
-import math
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -24,7 +22,6 @@ from deployments.border import Api
 from deployments.exporter import Exporter
 from deployments.fleet import Fleet, deployment_name
 from deployments.lane import Lane, Queued, Replicas
-from deployments.menu import Menu
 from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
 from deployments.router import Client, Router
 from deployments.router_metrics import RouterMetrics
@@ -34,25 +31,20 @@ from deployments.text_router import TextRouter
 from deployments.text_variant import ReplicaStreams, TextOptions, TextVariant
 from deployments.variant import Followed, ReplicaSlots, Variant, follow_replicas
 from deployments.watch import Watch
-from fettle import latency, policy
+from fettle import policy
 from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig, TextConfig
+from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, row_ms, work_shares
 from fettle.drafting import choose_draft
 from fettle.errors import UsageError
 from fettle.family import Family
 from fettle.latency import TextCosts
 from fettle.limits import KeyLimits
-from fettle.manifest import LatencyTable, TaskKind, VariantManifest
+from fettle.manifest import TaskKind, VariantManifest
 from fettle.scheduling import BatchBounds, Queue
 from workers.engine import EngineOptions
 
 # The router's own bound is the predicted work in its queues; Serve must not queue or refuse before it.
 INGRESS_CONCURRENCY = 10_000
-TYPICAL_LENGTH = 64
-# An engine that takes every core must not keep the router from refusing, and from feeding its neighbours.
-CPU_NICENESS = 5
-MOST_NICENESS = 15
-# What a batch costs beside the engine's own time: transport and replies, on both sides (benchmarks/LOG.md).
-CALL_MS = 4.5
 
 
 @serve.deployment
@@ -218,18 +210,6 @@ def draft_of(family: Family, variant: str, config: TextConfig) -> str | None:
     return config.draft
 
 
-def niceness(family: Family, variant: str, config: ReplicaConfig) -> int:
-    """Replicas that share cores yield to cheaper ones: two steps for each time that a row costs twice as much.
-
-    Shortest job first, by the scheduler's weights: a flood of dear rows then delays the many cheap ones little, and is
-    itself slowed little by them. A step is a weight of 1.25, so nothing starves.
-    """
-    if config.device != "cpu":
-        return 0
-    costs = {name: _row_ms(manifest) for name, manifest in family.variants.items() if manifest.measured is not None}
-    return min(MOST_NICENESS, CPU_NICENESS + round(2 * math.log2(costs[variant] / min(costs.values()))))
-
-
 def replica_cpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
     return manifest.resources.cpus if config.cpus is None else config.cpus
 
@@ -243,15 +223,6 @@ def replica_gpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
 
 def make_slots(handle: DeploymentHandle, config: ServeConfig) -> ReplicaSlots:
     return ReplicaSlots(handle, places=config.replicas.places, share=1 / config.routers)
-
-
-def work_shares(family: Family, variants: Collection[str]) -> dict[str, float]:
-    """By variant, the share of a whole run that a row takes there on average, where its points let rows leave early."""
-    shares: dict[str, list[float]] = {variant: [] for variant in variants}
-    for way in Menu(family, variants).points:
-        for stretch in way.stretches:
-            shares[stretch.step.variant].append(stretch.share)
-    return {variant: max(found, default=1.0) for variant, found in shares.items()}
 
 
 def make_batcher(
@@ -292,14 +263,6 @@ def make_lane(manifest: VariantManifest, replicas: Replicas, config: ServeConfig
     )
 
 
-def batch_tokens(table: LatencyTable, objective_ms: float, work_share: float) -> int:
-    """The tokens of a batch that make good use of a call, but no more than take half of the latency objective: whoever
-    comes while it runs waits for it.
-    """
-    good = latency.best_tokens_per_call(table, CALL_MS)
-    return min(good, latency.tokens_within(table, objective_ms / 2 / work_share))
-
-
 def clients_of(config: ServeConfig) -> dict[str, Client]:
     """The holders of API keys; each router enforces its share of their limits."""
     return {
@@ -315,28 +278,9 @@ def clients_of(config: ServeConfig) -> dict[str, Client]:
     }
 
 
-class RowCosts:
-    """Predicted milliseconds of one row by length, in a batch that fills the token budget; a table look-up."""
-
-    def __init__(self, table: LatencyTable, tokens: int, max_length: int) -> None:
-        lengths = range(1, max_length + 1)
-        sizes = [max(1, tokens // length) for length in lengths]
-        costs = [latency.estimate_ms(table, size, length) / size for size, length in zip(sizes, lengths, strict=True)]
-        self._by_length = np.array([costs[0], *costs])
-
-    def row_ms(self, length: int) -> float:
-        return float(self._by_length[length])
-
-
 def _frontier(family: Family) -> list[str]:
     points = {}
     for name, variant in family.variants.items():
         if variant.measured is not None:
-            points[name] = (_row_ms(variant), variant.measured.quality.disagreement)
+            points[name] = (row_ms(variant), variant.measured.quality.disagreement)
     return policy.frontier(points)
-
-
-def _row_ms(variant: VariantManifest) -> float:
-    """A row of typical length in the batch that suits it best."""
-    assert variant.measured is not None
-    return 1000 / latency.best_rows_per_second(variant.measured.latency, TYPICAL_LENGTH)

@@ -19,9 +19,10 @@ import numpy as np
 from deployments.flights import Flights
 from deployments.histogram import SIZES, size_of
 from deployments.slots import CostModel, Slot, SlotLostError, Slots
-from deployments.tickets import Answered, Gates, Leg, Terms, Ticket
+from deployments.tickets import Answered, Leg, Terms, Ticket
 from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
 from fettle.points import NEVER as NO_EXIT
+from fettle.points import Gates
 from fettle.rows import Exits, Outputs, Row, Rows
 from fettle.scheduling import NEVER, Entry, Priority, Queue, Speed, corrected_pace, retry_after_s
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from deployments.journal import Journal
-from deployments.menu import EXACT, Way
 from deployments.served import Quality, ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.tickets import Terms
@@ -32,6 +31,7 @@ from fettle.errors import (
 )
 from fettle.limits import KeyLimits
 from fettle.manifest import TaskKind
+from fettle.menu import EXACT, Way
 from fettle.rows import Row
 from fettle.scheduling import NEVER, Priority
 from fettle.tokenizer import Text

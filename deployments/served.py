@@ -7,16 +7,16 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from deployments.gearbox import Gearbox
 from deployments.lane import Queued
-from deployments.menu import EXACT, Menu
 from deployments.telemetry import ClassGauges, FamilyGauges, PointGauges, VariantGauges
 from deployments.text_writer import extract_of
 from fettle.config import FamilyConfig, GearConfig
 from fettle.errors import FettleError
 from fettle.extract import Extract
 from fettle.family import Family
+from fettle.gearbox import Gearbox
 from fettle.manifest import Task
+from fettle.menu import EXACT, Menu
 from fettle.points import fingerprint
 from fettle.quality import PointState
 from fettle.tokenizer import Tokenizer

@@ -16,7 +16,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from deployments.lane import Lane
-from deployments.menu import Way
 from deployments.router import Router, holding
 from deployments.telemetry import Generated
 from deployments.text_engine import seeded
@@ -26,6 +25,7 @@ from deployments.tickets import Terms
 from deployments.watch import Comparison
 from fettle.errors import RequestError
 from fettle.manifest import Step, VotePoint
+from fettle.menu import Way
 from fettle.stopping import takes
 from fettle.votes import certified
 

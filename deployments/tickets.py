@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fettle.points import Gates
 from fettle.rows import Row
 from fettle.scheduling import NEVER, Entry, Priority
 
 # A row lost this often may be the one that kills replicas.
 SUSPECT_FROM = 3
-
-# Thresholds and temperatures of a step's exits, each float32 [stages - 1].
-Gates = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployments.batcher import Batcher
-from deployments.menu import Way
 from deployments.served import ServedFamily
 from deployments.tickets import Answered, Leg, Terms
 from fettle.manifest import Step
+from fettle.menu import Way
 from fettle.points import judge
 from fettle.rows import Row
 from fettle.scheduling import NEVER

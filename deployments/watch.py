@@ -17,17 +17,17 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from deployments import gearbox
-from deployments.menu import Way
 from deployments.reports import MonitorReply, RouterReport
 from deployments.served import Quality, ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.tickets import Terms
 from deployments.walk import Walked, walk
+from fettle import gearbox
 from fettle.answers import Floats, disagreements
 from fettle.drift import score_bins
 from fettle.errors import FettleError
 from fettle.manifest import Head
+from fettle.menu import Way
 from fettle.quality import Pair, Places, PointState
 from fettle.rows import Row
 from fettle.scheduling import Priority

@@ -27,6 +27,8 @@ NEVER = 2.0
 BATCH_ROWS = 256
 BATCH_TOKENS = 16_384
 
+# Thresholds and temperatures of a step's exits, each float32 [stages - 1].
+Gates = tuple[Floats, Floats]
 # Runs one step on some of the rows: their values [chosen, width], and the stage that answered each, int8 [chosen].
 RunStep = Callable[[Step, NDArray[np.intp]], tuple[Floats, NDArray[np.int8]]]
 
@@ -126,7 +128,7 @@ def exits(step: Step, rows: int) -> Exits | None:
     return Exits(thresholds=np.tile(thresholds, (rows, 1)), temperatures=np.tile(temperatures, (rows, 1)))
 
 
-def early_gates(step: Step) -> tuple[Floats, Floats]:
+def early_gates(step: Step) -> Gates:
     """The step's exits as one row of an engine's table: thresholds and temperatures, each float32 [stages - 1]."""
     early = step.gates[:-1]
     return (

@@ -7,7 +7,8 @@ import json
 import httpx
 import pytest
 
-from benchmarks.load import LoadPlan, run_apart
+from fettle.bench.crew import run_apart
+from fettle.bench.load import LoadPlan
 from tests.conftest import MAX_QUEUE_S
 from tests.integration.service import Service, wait_until
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deployments.menu import EXACT, Menu
 from deployments.served import ServedFamily
 from fettle.config import FamilyConfig
 from fettle.errors import FamilyError, RequestError
 from fettle.family import Family
 from fettle.manifest import OperatingPoint
+from fettle.menu import EXACT, Menu
 from fettle.points import NEVER, fingerprint
 from fettle.quality import PointState
 from tests.fakes import FakeVariant, change_json, give_points, make_fake_family, make_point, make_step, renewed

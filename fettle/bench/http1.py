@@ -1,7 +1,7 @@
 """The least HTTP/1.1 that a load client needs: a reply parser and a keep-alive connection.
 
-One request in flight per connection, bodies by Content-Length, chunked or until the connection closes. No TLS, no
-redirects, no pipelining, no compression. Callbacks rather than tasks, since the client shares its cores with the
+One request in flight per connection, bodies by Content-Length, chunked or until the connection closes. No redirects,
+no pipelining, no compression. Callbacks rather than tasks, since the client shares its cores with the
 server that it measures.
 """
 
@@ -23,9 +23,10 @@ class Reply:
 
 
 class ReplyParser:
-    """Bytes in, replies out; holds one unfinished reply."""
+    """Bytes in, replies out; holds one unfinished reply. `on_piece` hears each chunk of a chunked 200 as it comes."""
 
     def __init__(self) -> None:
+        self.on_piece: Callable[[bytes], None] | None = None
         self._buffer = bytearray()
         self._status = 0
         self._headers: dict[bytes, bytes] | None = None
@@ -79,8 +80,11 @@ class ReplyParser:
             if size == 0:
                 del self._buffer[:end]
                 return self._take(0)
-            self._chunks.append(bytes(self._buffer[line + 2 : end - 2]))
+            piece = bytes(self._buffer[line + 2 : end - 2])
+            self._chunks.append(piece)
             del self._buffer[:end]
+            if self.on_piece is not None and self._status == 200:
+                self.on_piece(piece)
         return None
 
     def _take(self, length: int) -> Reply:
@@ -113,11 +117,12 @@ class Connection(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None
 
-    def send(self, request: bytes, ticket: Any) -> None:
-        """Write one request; `ticket`, which is not None, comes back with its reply."""
+    def send(self, request: bytes, ticket: Any, on_piece: Callable[[bytes], None] | None = None) -> None:
+        """Write one request; `ticket`, which is not None, comes back with its reply. `on_piece`: see `ReplyParser`."""
         if self._transport is None or self._ticket is not None:
             raise RuntimeError("send() on a connection that is not ready")
         self._ticket = ticket
+        self._parser.on_piece = on_piece
         self._transport.write(request)
 
     def close(self) -> None:

@@ -10,11 +10,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from deployments.tickets import Gates
 from fettle.errors import RequestError
 from fettle.family import Family
 from fettle.manifest import OperatingPoint, Step
-from fettle.points import check_steps, early_gates, fingerprint, whole
+from fettle.points import Gates, check_steps, early_gates, fingerprint, whole
 
 EXACT: Literal["exact"] = "exact"
 # Of the rows that a step gets, where `test` has not said how many go on.

@@ -1,26 +1,35 @@
-"""What is sent and what must come back: the texts, the request bytes of each API shape, the check of a reply.
+"""What is sent and what must come back: the request bytes of each API shape, and the check of a reply.
 
 Requests are whole byte strings made before the clock starts. Nothing here sends anything.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from benchmarks.arrivals import Profile
+from fettle.bench.arrivals import Profile
+from fettle.errors import UsageError
 
-Item = TypeVar("Item")
-Kind = Literal["openai", "classify", "classify-list", "tei"]
-KINDS: tuple[Kind, ...] = ("openai", "classify", "classify-list", "tei")
+Kind = Literal["openai", "classify", "classify-list", "tei", "completions", "chat"]
+KINDS: tuple[Kind, ...] = ("openai", "classify", "classify-list", "tei", "completions", "chat")
+GENERATES: tuple[Kind, ...] = ("completions", "chat")
+# By the end of a path, the shape that it takes.
+PATHS: dict[str, Kind] = {
+    "/embeddings": "openai",
+    "/classify": "classify",
+    "/embed": "tei",
+    "/predict": "tei",
+    "/chat/completions": "chat",
+    "/completions": "completions",
+}
+# The server says itself how many tokens a text has: an event may carry several.
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 # The first label of a reply, in the shapes of vLLM, TEI and Infinity; decoding a whole body costs ten times as much.
 LABEL = re.compile(rb'"label":\s*"((?:[^"\\]|\\.)*)"')
 
@@ -60,28 +69,62 @@ class Request:
     text: int = 0
 
 
-def read_texts(path: Path) -> list[str]:
-    """The `text` field of every line of a JSONL file, gzipped or not."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [json.loads(line)["text"] for line in content.splitlines()]
+def kind_of(url: str) -> Kind:
+    """The shape of requests to this address.
+
+    Raises:
+        UsageError: its path is none of those that are known.
+    """
+    path = urlsplit(url).path.rstrip("/")
+    for end, kind in PATHS.items():
+        if path.endswith(end):
+            return kind
+    known = ", ".join(("/v1/embeddings", "/embed", "/classify", "/predict", "/v1/completions", "/v1/chat/completions"))
+    raise UsageError(f"{url}: its path says not what to send; give the whole address with one of {known}, or --shape")
 
 
-def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
-    """The same order for every system that is given the same seed, and for whatever goes with the texts."""
-    order = list(items)
-    random.Random(seed).shuffle(order)
-    return order
+def mix_of(text: str) -> tuple[Flow, ...]:
+    """`exact=0.2,0.01=0.8` as flows, one for each quality class; a name without a share has the share 1.
+
+    Raises:
+        UsageError: a share that is no positive number, or a class twice.
+    """
+    flows = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, _, share = part.partition("=")
+        try:
+            size = float(share or 1)
+        except ValueError:
+            size = 0.0
+        if not 0 < size < math.inf:
+            raise UsageError(f"--mix: {part!r} must be CLASS=SHARE with a share above 0, such as exact=0.2,0.01=0.8")
+        flows.append(Flow(name, size, max_disagreement=_class(name)))
+    if not flows or len({flow.tag for flow in flows}) < len(flows):
+        raise UsageError(f"--mix {text!r}: name each class once, such as exact=0.2,0.01=0.8")
+    return tuple(flows)
 
 
-def payload(kind: Kind, model: str, text: str) -> dict[str, Any]:
-    """One text as an OpenAI embeddings request, a vLLM `/classify` request (Infinity takes lists only), or TEI's."""
+def _class(name: str) -> float | str:
+    try:
+        return float(name)
+    except ValueError:
+        return name
+
+
+def payload(kind: Kind, model: str | None, text: str) -> dict[str, Any]:
+    """One text as an OpenAI request, a vLLM `/classify` request (Infinity takes lists only), or TEI's."""
+    named = {} if model is None else {"model": model}
     match kind:
         case "openai" | "classify":
-            return {"model": model, "input": text}
+            return {**named, "input": text}
         case "classify-list":
-            return {"model": model, "input": [text]}
+            return {**named, "input": [text]}
         case "tei":
             return {"inputs": text}
+        case "completions":
+            return {**named, "prompt": text, **STREAMED}
+        case "chat":
+            return {**named, "messages": [{"role": "user", "content": text}], **STREAMED}
 
 
 def encode_request(url: str, body: bytes, headers: Sequence[str] = ()) -> bytes:
@@ -98,15 +141,22 @@ def encode_request(url: str, body: bytes, headers: Sequence[str] = ()) -> bytes:
 
 
 def encode_flows(
-    url: str, kind: Kind, model: str, texts: Sequence[str], flows: Sequence[Flow], headers: Sequence[str] = ()
+    url: str,
+    kind: Kind,
+    model: str | None,
+    texts: Sequence[str],
+    flows: Sequence[Flow],
+    headers: Sequence[str] = (),
+    more: Sequence[Mapping[str, Any]] = (),
 ) -> list[list[Request]]:
-    """Every text as a request of every flow: [flow][text]."""
+    """Every text as a request of every flow: [flow][text]. `more` has fields of the body for each text."""
+    extra = more or [{}] * len(texts)
     return [
         [
             Request(
                 encode_request(
                     url,
-                    json.dumps(payload(kind, model, text) | flow.fields()).encode(),
+                    json.dumps({**payload(kind, model, text), **extra[place], **flow.fields()}).encode(),
                     [*headers, *flow.headers()],
                 ),
                 number,
@@ -153,3 +203,5 @@ def _numbers(kind: Kind, reply: Any) -> list[float]:
             if isinstance(first, dict):
                 return [float(entry["score"]) for entry in reply]
             return [float(entry["score"] if isinstance(entry, dict) else entry) for entry in first]
+        case "completions" | "chat":
+            raise ValueError(f"a {kind} reply has no numbers")

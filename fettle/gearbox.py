@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Protocol
 
-from deployments.lane import Queued
-from deployments.menu import Menu, Way
 from fettle.config import GearConfig
 from fettle.gears import Gear, path_drain_s, shifted
+from fettle.menu import Menu, Way
 
 logger = logging.getLogger("ray.serve")
 
@@ -20,10 +20,18 @@ logger = logging.getLogger("ray.serve")
 EVERY_S = 0.1
 
 
+class Backlog(Protocol):
+    """A variant's queue, as far as gears are about it."""
+
+    @property
+    def backlog_s(self) -> float:
+        """Predicted seconds until all that was admitted is done."""
+
+
 class Gearbox:
     """One gear for each class, by its level; those that allow degraded answers have gears of their own."""
 
-    def __init__(self, menu: Menu, batchers: Mapping[str, Queued], config: GearConfig, family: str = "") -> None:
+    def __init__(self, menu: Menu, batchers: Mapping[str, Backlog], config: GearConfig, family: str = "") -> None:
         """`family` is what the log calls it."""
         self._menu = menu
         self._family = family
