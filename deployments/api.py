@@ -225,7 +225,8 @@ class Endpoints:
             tokenized = await self._router.tokenize(asked.family, texts, max_length=max_length, truncate=truncate)
         else:
             tokenized = self._router.rows_of_ids(asked.family, ids, max_length=max_length, truncate=truncate)
-        return Answer(self._router.id, asked, tokenized, await self._router.infer(asked, tokenized))
+        inferred = await self._router.infer(asked, tokenized)
+        return Answer(self._router.id, inferred.asked, tokenized, inferred)
 
 
 def _step(visit: Visit) -> dict[str, Any]:

@@ -7,10 +7,11 @@ One deployment for each variant, and the router before them as the ingress.
 
 import asyncio
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -29,9 +30,11 @@ from deployments.served import ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.text_router import TextRouter
 from deployments.text_variant import ReplicaStreams, TextOptions, TextVariant
-from deployments.variant import Followed, ReplicaSlots, Variant, follow_replicas
+from deployments.trial import Trial
+from deployments.variant import Followed, ReplicaSlots, Variant, await_replicas, follow_replicas
+from deployments.versions import Version, rollout_of, still_asked, versions_of
 from deployments.watch import Watch
-from fettle import policy
+from fettle import __version__, policy
 from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig, TextConfig
 from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, row_ms, work_shares
 from fettle.drafting import choose_draft
@@ -41,6 +44,7 @@ from fettle.latency import TextCosts
 from fettle.limits import KeyLimits
 from fettle.manifest import TaskKind, VariantManifest
 from fettle.scheduling import BatchBounds, Queue
+from fettle.store import sha256_bytes
 from workers.engine import EngineOptions
 
 # The router's own bound is the predicted work in its queues; Serve must not queue or refuse before it.
@@ -57,10 +61,13 @@ class RouterIngress:
         config: ServeConfig,
         handles: Mapping[str, Mapping[str, DeploymentHandle]],
         monitor: DeploymentHandle,
+        kept: Collection[DeploymentHandle] = (),
     ) -> None:
+        """`kept`: replicas that only the routers before this one ask; there are some while a service is replaced."""
         followed: dict[str, Followed] = {}
         families = {}
-        for settings, (name, family) in zip(config.families, named_families(config).items(), strict=True):
+        for version in versions_of(config):
+            name, family = version.name, version.family
             shares = work_shares(family, handles[name])
             batchers: dict[str, Queued] = {}
             for variant, handle in handles[name].items():
@@ -68,12 +75,12 @@ class RouterIngress:
                 if manifest.task.kind is TaskKind.GENERATE:
                     streams = ReplicaStreams(handle)
                     batchers[variant] = make_lane(manifest, streams, config)
-                    followed[deployment_name(name, variant)] = streams
+                    followed[handle.deployment_name] = streams
                 else:
                     slots = make_slots(handle, config)
                     batchers[variant] = make_batcher(manifest, slots, config, shares[variant])
-                    followed[deployment_name(name, variant)] = slots
-            families[name] = served = ServedFamily.of(settings, name, family, batchers, config.gears)
+                    followed[handle.deployment_name] = slots
+            families[name] = served = ServedFamily.of(version.settings, name, family, batchers, config.gears)
             for batcher in batchers.values():
                 batcher.calm = served.is_calm
 
@@ -82,11 +89,21 @@ class RouterIngress:
             return reply
 
         router, telemetry = uuid.uuid4().hex[:8], Telemetry()
-        watch = Watch(router, families, telemetry, send, config.monitor.share)
-        made = Router(families, config.limits, config.classes, telemetry, watch, id=router)
+        trials = {
+            version.stable: Trial(families[version.stable], families[version.name], rollout_of(config, version))
+            for version in versions_of(config)
+            if version.stable is not None
+        }
+        watch = Watch(router, families, telemetry, send, config.monitor.share, trials=trials.values())
+        made = Router(families, config.limits, config.classes, telemetry, watch, id=router, trials=trials)
         self._api = build_api(made, clients_of(config), TextRouter(made))
         self._followed, self._watch, self._fleet = followed, watch, Fleet()
         self._metrics = RouterMetrics(made, self._fleet, Exporter())
+        if kept and config.replicas.min_replicas:
+            # The routers before this one answer until it can. A new version is waited for by its rollout.
+            stable = [handles[version.name] for version in versions_of(config) if version.stable is None]
+            needed = [handle.deployment_name for each in stable for handle in each.values()]
+            await_replicas(needed, serve.get_replica_context().app_name)
 
     def __serve_build_asgi_app__(self) -> Api:
         following = follow_replicas(self._followed, serve.get_replica_context().app_name, self._fleet)
@@ -102,22 +119,60 @@ def build(args: ServeConfig) -> Application:
         FamilyError, IntegrityError: a family is missing or damaged.
         UsageError: a variant that is not there or not measured; two families of one name.
     """
-    handles = {}
-    families = named_families(args)
-    for settings, (name, family) in zip(args.families, families.items(), strict=True):
-        handles[name] = {
-            variant: deployment(name, family, variant, args) for variant in served_variants(settings, family)
+    config = absolute(args)
+    versions = versions_of(config)
+    handles = {
+        version.name: {
+            variant: deployment(version, variant, config)
+            for variant in served_variants(version.settings, version.family)
         }
+        for version in versions
+    }
+    named = {_name(each) for variants in handles.values() for each in variants.values()}
+    kept = []
+    for version, running in still_asked(config):
+        for variant in served_variants(version.settings, version.family):
+            old = deployment(version, variant, running, kept=True)
+            if _name(old) not in named:
+                named.add(_name(old))
+                kept.append(old)
     router = RouterIngress.options(  # type: ignore[attr-defined]
-        num_replicas=args.routers,
+        num_replicas=config.routers,
         max_ongoing_requests=INGRESS_CONCURRENCY,
-        ray_actor_options={"num_cpus": args.router_cpus},
+        ray_actor_options={"num_cpus": config.router_cpus},
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=config.drain_s,
+        version=code_version(config, sorted(named)),
+        _internal=True,
     )
-    # Absolute, since Ray's processes have working directories of their own.
-    absolute = [family.model_copy(update={"path": str(Path(family.path).resolve())}) for family in args.families]
-    directories = {name: settings.path for name, settings in zip(families, absolute, strict=True)}
-    monitor = MonitorDeployment.bind(directories, args.monitor)  # type: ignore[attr-defined]
-    return router.bind(args.model_copy(update={"families": absolute}), handles, monitor)
+    directories = {version.name: version.settings.path for version in versions}
+    monitor = MonitorDeployment.options(  # type: ignore[attr-defined]
+        version=code_version(config), _internal=True
+    ).bind(directories, config.monitor, config)
+    return router.bind(config, handles, monitor, kept)
+
+
+def absolute(config: ServeConfig) -> ServeConfig:
+    """With absolute paths, since Ray's processes have working directories of their own."""
+    families = []
+    for family in config.families:
+        update: dict[str, object] = {"path": str(Path(family.path).resolve())}
+        if family.rollout is not None:
+            path = str(Path(family.rollout.path).resolve())
+            update["rollout"] = family.rollout.model_copy(update={"path": path})
+        families.append(family.model_copy(update=update))
+    return config.model_copy(update={"families": families})
+
+
+def code_version(*parts: object) -> str:
+    """Replicas are replaced when this changes. Only `serve.run` asks for it; `serve deploy` replaces all of them."""
+    written = [part.model_dump_json() if isinstance(part, BaseModel) else repr(part) for part in parts]
+    return sha256_bytes("\n".join([__version__, *written]).encode())[:16]
+
+
+def _name(application: Application) -> str:
+    name: str = application._bound_deployment.name
+    return name
 
 
 def named_families(config: ServeConfig) -> dict[str, Family]:
@@ -126,14 +181,7 @@ def named_families(config: ServeConfig) -> dict[str, Family]:
     Raises:
         UsageError: two have the same name.
     """
-    families: dict[str, Family] = {}
-    for settings in config.families:
-        family = Family.open(settings.path)
-        name = settings.name or family.name
-        if name in families:
-            raise UsageError(f"two families are called {name!r}; give one of them another name")
-        families[name] = family
-    return families
+    return {version.name: version.family for version in versions_of(config) if version.stable is None}
 
 
 def served_variants(settings: FamilyConfig, family: Family) -> list[str]:
@@ -161,9 +209,12 @@ def served_variants(settings: FamilyConfig, family: Family) -> list[str]:
     return chosen
 
 
-def deployment(name: str, family: Family, variant: str, settings: ServeConfig) -> Application:
-    """One variant's deployment, with its share of CPU, GPU and memory and Ray's autoscaling."""
-    config = settings.replicas
+def deployment(version: Version, variant: str, settings: ServeConfig, *, kept: bool = False) -> Application:
+    """One variant's deployment, with its share of CPU, GPU and memory and Ray's autoscaling.
+
+    `kept`: for the routers that are being replaced; nothing of it stays when nobody asks any more.
+    """
+    config, family = settings.replicas, version.family
     manifest = family.variant(variant)
     engine = EngineOptions(device=config.device, threads=config.threads)
     directory, nice = str(family.variant_path(variant).resolve()), niceness(family, variant, config)
@@ -172,8 +223,11 @@ def deployment(name: str, family: Family, variant: str, settings: ServeConfig) -
     draft = draft_of(family, variant, settings.text) if generates else None
     guesses = None if draft is None else str(family.variant_path(draft).resolve())
     text = TextOptions(engine, settings.text, str(family.tokenizer_path.resolve()), nice, guesses)
+    arguments = (directory, *([text] if generates else [engine, nice]))
     bound: Application = kind.options(
-        name=deployment_name(name, variant),
+        name=deployment_name(version.name, variant, family.version),
+        version=code_version(arguments),
+        _internal=True,
         max_ongoing_requests=settings.text.slots + settings.text.waiting if generates else config.places,
         ray_actor_options={
             "num_cpus": replica_cpus(manifest, config),
@@ -181,7 +235,7 @@ def deployment(name: str, family: Family, variant: str, settings: ServeConfig) -
         },
         # With a busy replica always holding its places full, one per replica means: about half busy.
         autoscaling_config=AutoscalingConfig(
-            min_replicas=config.min_replicas,
+            min_replicas=0 if kept else config.min_replicas,
             max_replicas=config.max_replicas,
             target_ongoing_requests=1.0,
             upscale_delay_s=2.0,
@@ -192,7 +246,8 @@ def deployment(name: str, family: Family, variant: str, settings: ServeConfig) -
         request_router_config=RequestRouterConfig(initial_backoff_s=0.002, backoff_multiplier=2, max_backoff_s=0.01),
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=20.0,
-    ).bind(directory, *([text] if generates else [engine, nice]))
+        max_surge_percent=settings.surge_percent,
+    ).bind(*arguments)
     return bound
 
 

@@ -28,13 +28,13 @@ class Fleet:
 
     standings: dict[str, Standing] = field(default_factory=dict)
 
-    def of(self, family: str, variant: str) -> Standing:
-        return self.standings.get(deployment_name(family, variant), Standing())
+    def of(self, family: str, variant: str, version: str) -> Standing:
+        return self.standings.get(deployment_name(family, variant, version), Standing())
 
     def see(self, deployment: str, running: int, wanted: int, replicas: Collection[str]) -> None:
         self.standings.setdefault(deployment, Standing()).see(running, wanted, replicas)
 
 
-def deployment_name(family: str, variant: str) -> str:
-    """Of the variant's deployment in Serve."""
-    return f"{family}.{variant}"
+def deployment_name(family: str, variant: str, version: str) -> str:
+    """Of the variant's deployment in Serve. While a new version is beside the old one, its family is NAME@VERSION."""
+    return f"{family.partition('@')[0]}.{variant}@{version}"

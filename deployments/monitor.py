@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray import serve
 
@@ -21,16 +21,21 @@ from deployments.exporter import EVERY_S, Exporter
 from deployments.monitor_metrics import tell_points
 from deployments.reports import MonitorReply as MonitorReply
 from deployments.reports import RouterReport as RouterReport
+from deployments.reports import TrialOrder as TrialOrder
+from deployments.rollouts import Rollout, RolloutView, rollouts_of
 from deployments.telemetry import History, merged
-from fettle.config import MonitorConfig
+from deployments.versions import Version, start_failure, versions_of
+from fettle.config import MonitorConfig, ServeConfig
 from fettle.drift import DriftWatch, watch_of
-from fettle.errors import FamilyError
+from fettle.errors import FamilyError, FettleError, UsageError
 from fettle.family import FAMILY_FILE, parse_manifest
 from fettle.manifest import FamilyManifest, OperatingPoint, VariantEntry
 from fettle.points import fingerprint
 from fettle.quality import Pair, Places, PointState, QualityStore, store_path
 
 logger = logging.getLogger("ray.serve")
+
+Result = TypeVar("Result")
 
 # A router that was silent for so long is gone, and so are its queues and its part in the totals.
 FORGET_AFTER_S = 10.0
@@ -100,9 +105,13 @@ class Monitor:
     """Without Ray. Files are read and written by one thread, in order, so that health checks are always answered."""
 
     def __init__(
-        self, families: Mapping[str, str], config: MonitorConfig, clock: Callable[[], float] = time.time
+        self,
+        families: Mapping[str, str],
+        config: MonitorConfig,
+        clock: Callable[[], float] = time.time,
+        rollouts: Mapping[str, Rollout] | None = None,
     ) -> None:
-        """`families`: the directory of each, by the name under which it is served.
+        """`families`: the directory of each, by the name under which it is served; `rollouts` by the new one's name.
 
         Raises:
             FamilyError: a family cannot be read.
@@ -116,6 +125,7 @@ class Monitor:
             self._close_families()
             raise
         self._clock = clock
+        self._rollouts = rollouts or {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="monitor")
         self._routers: dict[str, tuple[float, dict[str, Any]]] = {}
         self._history = History()
@@ -126,14 +136,26 @@ class Monitor:
         Raises:
             QualityError: they cannot be written. The router keeps them and comes again.
         """
-        states = await asyncio.get_running_loop().run_in_executor(self._thread, self._record, report)
-        return MonitorReply(states, self._live(report))
+        states, orders = await self._run(self._record, report)
+        return MonitorReply(states, self._live(report), orders)
+
+    async def rollouts(self) -> list[RolloutView]:
+        return await self._run(lambda: [rollout.view() for rollout in self._rollouts.values()])
+
+    async def end_rollout(self, name: str, promote: bool) -> None:
+        """Raises UsageError if there is none of this name, or it is over."""
+        if name not in self._rollouts:
+            raise UsageError(f"there is no rollout of {name!r}")
+        await self._run(self._rollouts[name].end, promote)
+
+    async def _run(self, work: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)
         self._close_families()
 
-    def _record(self, report: RouterReport) -> tuple[PointState, ...]:
+    def _record(self, report: RouterReport) -> tuple[tuple[PointState, ...], tuple[TrialOrder, ...]]:
         pairs: dict[str, list[Pair]] = {name: [] for name in self._families}
         places: dict[str, list[Places]] = {name: [] for name in self._families}
         for pair in report.pairs:
@@ -149,7 +171,10 @@ class Monitor:
             family.refresh()
             family.add(pairs[name], places[name])
             states += family.states()
-        return tuple(states)
+        for trial in report.trials:
+            if trial.name in self._rollouts:
+                self._rollouts[trial.name].take(report.router, trial)
+        return tuple(states), tuple(rollout.order() for rollout in self._rollouts.values())
 
     def _live(self, report: RouterReport) -> dict[str, Any]:
         now = self._clock()
@@ -175,10 +200,31 @@ class Monitor:
 class MonitorDeployment:
     """The monitor as a Serve deployment, one replica, which Serve starts again when it dies."""
 
-    def __init__(self, families: Mapping[str, str], config: MonitorConfig) -> None:
-        self._monitor = Monitor(families, config)
+    def __init__(self, families: Mapping[str, str], config: MonitorConfig, served: ServeConfig) -> None:
+        """`served`: what the service was deployed with, for whoever replaces it."""
+        application = serve.get_replica_context().app_name
+
+        def make(old: Version, new: Version) -> Rollout:
+            return Rollout(old, new, config.directory, lambda version: start_failure(version, application))
+
+        self._monitor = Monitor(families, config, rollouts=rollouts_of(versions_of(served), make))
+        self._served = served
         self._exporter = Exporter()
         self._told = 0.0
+
+    async def served(self) -> ServeConfig:
+        return self._served
+
+    async def rollouts(self) -> list[RolloutView]:
+        return await self._monitor.rollouts()
+
+    async def end_rollout(self, name: str, promote: bool) -> str | None:
+        """What is wrong with the wish, if anything."""
+        try:
+            await self._monitor.end_rollout(name, promote)
+        except FettleError as error:
+            return error.message
+        return None
 
     async def sync(self, report: RouterReport) -> MonitorReply:
         reply = await self._monitor.sync(report)

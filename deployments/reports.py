@@ -6,6 +6,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from fettle.quality import Pair, Places, PointState
+from fettle.rollout import Status, Tally
+
+
+@dataclass(frozen=True, slots=True)
+class TrialReport:
+    """What one router has seen of a rollout since it started, by step. `name`: the new version's.
+
+    `ready`: all of its variants have replicas that take work; `compares`: its answers are compared with the old ones.
+    """
+
+    name: str
+    ready: bool
+    compares: bool
+    tallies: dict[int, Tally]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialOrder:
+    """What share of the requests a new version gets now."""
+
+    name: str
+    share: float
+    step: int
+    status: Status
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +41,7 @@ class RouterReport:
     pairs: tuple[Pair, ...]
     places: tuple[Places, ...]
     snapshot: dict[str, Any]
+    trials: tuple[TrialReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +50,4 @@ class MonitorReply:
 
     states: tuple[PointState, ...]
     live: dict[str, Any]
+    orders: tuple[TrialOrder, ...] = ()

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from deployments.bounds import holding, is_retried, until
 from deployments.journal import Journal
 from deployments.served import Quality, ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.tickets import Terms
+from deployments.trial import Trial
 from deployments.walk import Walked, walk
 from deployments.watch import Watch
 from fettle.config import LimitConfig
@@ -65,11 +67,15 @@ class Wishes:
     priority: Literal["interactive", "batch"] = "interactive"
     timeout_s: float | None = None
     explain: bool = False
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request that is understood: of which family, in which class or of which variant, on what terms."""
+    """A request that is understood: of which family, in which class or of which variant, on what terms.
+
+    `takes_part`: in a rollout, if there is one; `instead`: the same of the version that its family is to replace.
+    """
 
     family: ServedFamily
     quality: Quality
@@ -77,6 +83,15 @@ class Asked:
     client: Client
     degraded: bool = False
     explain: bool = False
+    takes_part: bool = True
+    instead: Asked | None = None
+
+    def of_old_version(self) -> Asked | None:
+        """The same request of the version that its family is to replace, if that can answer the same rows."""
+        old = self.instead
+        if old is None or old.family.family.manifest.tokenizer_files != self.family.family.manifest.tokenizer_files:
+            return None
+        return old
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +110,12 @@ class Tokenized:
 
 @dataclass(frozen=True, slots=True)
 class Inferred:
-    """A request's answers and the way that gave them. `degraded`: outside the class, as the request allowed."""
+    """A request's answers and the way that gave them. `degraded`: outside the class, as the request allowed.
 
+    `asked`: of the version that answered, if the one that was to could not.
+    """
+
+    asked: Asked
     way: Way
     gear: int
     degraded: bool
@@ -114,6 +133,7 @@ class Router:
     watch: Watch = field(default_factory=Watch)
     journal: Journal = field(default_factory=Journal)
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    trials: Mapping[str, Trial] = field(default_factory=dict)
 
     def find(self, model: str | None, kind: TaskKind | None = None) -> tuple[ServedFamily, str | None]:
         """Resolve `family` or `family:variant`; None means the only family that does this kind of task.
@@ -153,7 +173,13 @@ class Router:
             weight=client.weight,
         )
         quality = self._quality(family, pinned, wishes.max_disagreement)
-        return Asked(family, quality, terms, client, wishes.allow_degraded, wishes.explain)
+        asked = Asked(family, quality, terms, client, wishes.allow_degraded, wishes.explain, pinned is None)
+        trial = self.trial_of(asked)
+        if trial is not None and trial.draw(wishes.session):
+            quality = self._quality(trial.new, None, wishes.max_disagreement)
+            new = replace(asked, family=trial.new, quality=quality, instead=asked)
+            return new if self._has_room(new) else asked
+        return asked
 
     def check_room(self, asked: Asked, inputs: int) -> None:
         """Refuse early, before tokenization costs anything.
@@ -214,18 +240,31 @@ class Router:
             OverloadedError: every point that may answer has a full queue.
             EngineError, UnavailableError: see `Batcher.answer`.
         """
-        family = asked.family
+        await self.watch.informed()
+        with holding(asked.client.limits, tokenized.tokens):
+            try:
+                return await self._infer(asked, tokenized)
+            except FettleError as error:
+                old = asked.of_old_version()
+                if old is None or not is_retried(error):
+                    raise
+                return await self._infer(old, tokenized)
+
+    async def _infer(self, asked: Asked, tokenized: Tokenized) -> Inferred:
+        family, trial = asked.family, self.trial_of(asked)
         # Drawn before anything is known of the way or the load, so that neither decides what is looked at.
         sample = self.watch.draw(len(tokenized.rows))
-        await self.watch.informed()
-        tokens = tokenized.tokens
-        with holding(asked.client, tokens):
-            way, gear = self.choose(asked)
-            with self.counted(asked):
-                async with _until(asked.terms.deadline):
-                    walked = await walk(family, way, tokenized.rows, asked.terms)
+        compared = trial.sample(len(tokenized.rows)) if trial is not None and family is trial.new else []
+        way, gear = self.choose(asked)
+        with self.counted(asked):
+            async with until(asked.terms.deadline):
+                walked = await walk(family, way, tokenized.rows, asked.terms)
         degraded = asked.degraded and way.alpha > asked.quality.tolerance
-        inferred = Inferred(way, gear, degraded, walked)
+        inferred = Inferred(asked, way, gear, degraded, walked)
+        total_ms = (time.monotonic() - asked.terms.arrived) * 1000
+        if trial is not None:
+            trial.answered(family, total_ms)
+            trial.saw(way, walked, tokenized.rows, compared)
         self.watch.saw(family, asked.quality, way, walked, tokenized.rows, sample)
         self.telemetry.answered(
             family.name,
@@ -235,10 +274,23 @@ class Router:
             tokenize_ms=tokenized.ms,
             queue_ms=walked.queue_ms,
             infer_ms=walked.infer_ms,
-            total_ms=(time.monotonic() - asked.terms.arrived) * 1000,
-            tokens=tokens,
+            total_ms=total_ms,
+            tokens=tokenized.tokens,
         )
         return inferred
+
+    def trial_of(self, asked: Asked) -> Trial | None:
+        """The rollout that a request takes part in, at the old version or the new one; none of a pinned one."""
+        return self.trials.get((asked.instead or asked).family.name) if asked.takes_part else None
+
+    def _has_room(self, asked: Asked) -> bool:
+        """Whether some way of the request's has room and time, and its replicas run."""
+        for way in self.ways(asked):
+            batchers = [asked.family.batchers[variant] for variant in way.variants]
+            free = all(each.is_ready and each.has_room(asked.terms) for each in batchers)
+            if free and batchers[0].can_meet(asked.terms):
+                return True
+        return False
 
     def _quality(self, family: ServedFamily, pinned: str | None, wanted: float | str | None) -> Quality:
         if pinned is not None:
@@ -299,11 +351,11 @@ class Router:
         """What goes wrong on the way; refusals before it are counted where they are made."""
         try:
             yield
-        except DeadlineError:
-            self.telemetry.refused(asked.family.name, "late")
-            raise
-        except FettleError:
-            self.telemetry.refused(asked.family.name, "failed")
+        except FettleError as error:
+            self.telemetry.refused(asked.family.name, "late" if isinstance(error, DeadlineError) else "failed")
+            trial = self.trial_of(asked)
+            if trial is not None and error.status >= 500:
+                trial.failed(asked.family)
             raise
 
     def _only(self, kind: TaskKind | None) -> ServedFamily:
@@ -316,30 +368,6 @@ class Router:
 
     def _models(self) -> str:
         return ", ".join(model for family in self.families.values() for model in family.models)
-
-
-@contextmanager
-def holding(client: Client, tokens: int) -> Iterator[None]:
-    """Count a request of this many tokens against its key's limits."""
-    client.limits.enter()
-    client.limits.charge(tokens, time.monotonic())
-    try:
-        yield
-    finally:
-        client.limits.leave()
-
-
-@asynccontextmanager
-async def _until(deadline: float) -> AsyncIterator[None]:
-    """Give up at the deadline, a time of `time.monotonic`: rows that still wait leave their queues."""
-    if deadline == NEVER:
-        yield
-        return
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            yield
-    except TimeoutError:
-        raise DeadlineError("not answered before its deadline; allow more time or come back later") from None
 
 
 def _timed(work: Callable[[], list[Row]]) -> Tokenized:

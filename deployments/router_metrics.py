@@ -56,7 +56,7 @@ class RouterMetrics:
         to.level(metrics.OBJECTIVE, (name,), gauges.objective_ms / 1000)
         self._classes(gauges)
         for variant, batcher in family.batchers.items():
-            self._variant(name, variant, batcher)
+            self._variant(name, variant, batcher, family.family.version)
         counts = self._router.telemetry.families.get(name)
         if counts is not None:
             self._requests(name, counts)
@@ -70,7 +70,7 @@ class RouterMetrics:
             self._to.level(metrics.GEAR, labels, float(quality.gear))
             self._to.level(metrics.GEARS, labels, float(len(quality.gears)))
 
-    def _variant(self, family: str, variant: str, batcher: Queued) -> None:
+    def _variant(self, family: str, variant: str, batcher: Queued, version: str) -> None:
         to, labels, stats = self._to, (family, variant), batcher.stats
         to.level(metrics.BACKLOG, labels, min(batcher.backlog_s, ENDLESS))
         to.level(metrics.QUEUED, labels, float(batcher.depth))
@@ -82,7 +82,7 @@ class RouterMetrics:
         to.total(metrics.RETRIES, labels, stats.retried)
         to.total(metrics.WITHDRAWN, labels, stats.withdrawn)
         to.total(metrics.LATE, labels, stats.late)
-        standing = self._fleet.of(family, variant)
+        standing = self._fleet.of(family, variant, version)
         to.level(metrics.REPLICAS, labels, float(standing.running))
         to.level(metrics.WANTED, labels, float(standing.wanted))
         to.total(metrics.STARTED, labels, standing.started)

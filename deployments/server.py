@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -25,6 +26,9 @@ from fettle.errors import UnavailableError, UsageError
 from fettle.family import Family
 from fettle.machine import usable_cores
 from fettle.quality import QualityStore, store_path
+
+if TYPE_CHECKING:
+    from ray.serve.schema import LoggingConfig
 
 APPLICATION = "fettle"
 # What Ray's own processes, a router and the proxy take beside the replicas.
@@ -79,7 +83,10 @@ class Needs:
 
 
 def needs(config: ServeConfig) -> Needs:
-    """What serving this takes on one machine, by the measurements in the manifests."""
+    """What serving this takes on one machine, by the measurements in the manifests.
+
+    Memory for what starts now; CPUs, which only count places there, twice: for another version beside it.
+    """
     from deployments.app import replica_cpus, served_variants
 
     memory, cpus = RAY_MEMORY_BYTES, config.routers * config.router_cpus
@@ -90,7 +97,7 @@ def needs(config: ServeConfig) -> Needs:
             peak = manifest.measured.peak_memory_bytes if manifest.measured else 0
             memory += peak * config.replicas.min_replicas
             cpus += replica_cpus(manifest, config.replicas) * config.replicas.max_replicas
-    return Needs(memory, cpus)
+    return Needs(memory, 2 * cpus)
 
 
 def check_memory(needed: Needs) -> None:
@@ -109,6 +116,40 @@ def check_evidence(config: ServeConfig) -> None:
         family = Family.open(settings.path)
         path = store_path(family.directory, settings.name or family.name, config.monitor.directory)
         QualityStore(path, config.monitor.delta).close()
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A connection to a Ray that runs, as the service on it has it; `address` None: the one on this machine.
+
+    Raises:
+        UnavailableError: there is none.
+    """
+    os.environ.update(fastpath.PATIENCE | (fastpath.FAST if fastpath.available() else {}))
+    import ray
+
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UnavailableError(f"no running Ray could be reached: {error}; give its --address") from error
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def redeploy(config: ServeConfig, application: str = APPLICATION) -> None:
+    """Replace what a running application serves; returns when Serve has taken it over, which is before it is done."""
+    from ray import serve
+    from ray.serve.api import RunTarget
+    from ray.serve.context import _get_global_client
+
+    from deployments.app import build
+
+    details = _get_global_client().get_serve_details()["applications"][application]
+    target = RunTarget(build(config), application, details["route_prefix"], _quiet())
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
 def wait_for_signal() -> None:
@@ -166,15 +207,20 @@ def _muted() -> Iterator[None]:
 
 def _deploy(config: ServeConfig, options: ServerOptions) -> None:
     from ray import serve
-    from ray.serve.schema import LoggingConfig
 
     from deployments.app import build
 
     if not options.verbose:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = None if options.verbose else LoggingConfig(log_level="WARNING", enable_access_log=False)
+    quiet = None if options.verbose else _quiet()
     serve.start(http_options={"host": options.host, "port": options.port}, logging_config=quiet)
     try:
         serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
         raise UnavailableError(f"the service did not come up: {error}") from error
+
+
+def _quiet() -> LoggingConfig:
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)

@@ -15,15 +15,16 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from deployments.bounds import holding, is_retried
 from deployments.lane import Lane
-from deployments.router import Router, holding
+from deployments.router import Router
 from deployments.telemetry import Generated
 from deployments.text_engine import seeded
 from deployments.text_source import Answering, Piece, Spent, TextCall, Votes
 from deployments.text_work import Bit, TextWork, merged
 from deployments.tickets import Terms
 from deployments.watch import Comparison
-from fettle.errors import RequestError
+from fettle.errors import FettleError, RequestError
 from fettle.manifest import Step, VotePoint
 from fettle.menu import Way
 from fettle.stopping import takes
@@ -45,10 +46,29 @@ class TextRouter:
                 "optimize it with --answer",
                 param="answers",
             )
+        await self.router.watch.informed()
+        with holding(call.asked.client.limits, sum(map(len, call.prompts))):
+            begun = False
+            try:
+                async with aclosing(self._answer(call)) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+                return
+            except FettleError as error:
+                old = call.asked.of_old_version()
+                if begun or old is None or not is_retried(error):
+                    raise
+            async with aclosing(self._answer(replace(call, asked=old))) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def _answer(self, call: TextCall) -> AsyncGenerator[Piece, None]:
+        trial = self.router.trial_of(call.asked)
         # Drawn before anything is known of the way or the load, so that neither decides what is looked at.
         sample = self.router.watch.draw(len(call.prompts))
-        await self.router.watch.informed()
-        with holding(call.asked.client, sum(map(len, call.prompts))), self.router.counted(call.asked):
+        compared = trial.sample(len(call.prompts)) if trial is not None and call.asked.family is trial.new else []
+        with self.router.counted(call.asked):
             way, gear = self._choose(call)
             told = _Told(call, way, gear, vote_of(call))
             try:
@@ -60,6 +80,10 @@ class TextRouter:
                 self._count(call, way, told)
             if is_certified_kind(call):
                 self._watch(call, way, told, sample)
+                if trial is not None:
+                    old = replace(call, asked=call.asked.instead or call.asked)
+                    for comparison in self._comparisons(old, told, compared):
+                        trial.compare_later(way, comparison)
 
     def _choose(self, call: TextCall) -> tuple[Way, int]:
         asked = call.asked
@@ -95,7 +119,12 @@ class TextRouter:
         family, watch = call.asked.family, self.router.watch
         for prompt in range(len(call.prompts)):
             watch.note(family, way, told.step, 0, told.scores.get(prompt, math.nan))
-        if (extract := family.extract) is None:
+        for comparison in self._comparisons(call, told, sample):
+            watch.compare_later(family, call.asked.quality, way, comparison)
+
+    def _comparisons(self, call: TextCall, told: _Told, sample: Sequence[int]) -> Iterator[Comparison[str]]:
+        """Of the texts that were told, with what the call's family writes."""
+        if (extract := call.asked.family.extract) is None:
             return
 
         def differs(text: str, truth: str) -> bool:
@@ -110,7 +139,7 @@ class TextRouter:
                 async with aclosing(self._bits(again, other, asked)) as bits:
                     return "".join([piece.text async for some in bits for piece in asked.pieces(some)])
 
-            watch.compare_later(family, call.asked.quality, way, Comparison(told.texts[prompt], ask, differs))
+            yield Comparison(told.texts[prompt], ask, differs)
 
     def _count(self, call: TextCall, way: Way, told: _Told) -> None:
         if not told.done:
@@ -128,6 +157,9 @@ class TextRouter:
             tokens=sum(map(len, call.prompts)),
         )
         self.router.telemetry.generated(family.name, told.made)
+        trial = self.router.trial_of(call.asked)
+        if trial is not None:
+            trial.answered(family, (now - call.asked.terms.arrived) * 1000)
 
 
 def is_certified_kind(call: TextCall) -> bool:

@@ -14,7 +14,6 @@ from ray.serve.handle import DeploymentHandle
 from tokenizers import Tokenizer as FastTokenizer
 
 from deployments.exporter import EVERY_S, Exporter
-from deployments.fleet import deployment_name
 from deployments.text_engine import TextEngine
 from deployments.text_metrics import tell_generator
 from deployments.text_rules import TextRules
@@ -86,7 +85,7 @@ class TextVariant:
 
     async def _tell(self) -> None:
         """Metrics, once a second."""
-        family = serve.get_replica_context().deployment.removesuffix(deployment_name("", self._name))
+        family = serve.get_replica_context().deployment.partition(f".{self._name}@")[0]
         exporter = Exporter()
         while True:
             tell_generator(family, self._name, self.engine.generator, exporter)

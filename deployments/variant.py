@@ -7,7 +7,8 @@ import gc
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from workers.engine import EngineOptions, open_engine
 logger = logging.getLogger("ray.serve")
 
 FOLLOW_EVERY_S = 1.0
+AWAIT_EVERY_S = 0.5
 
 Floats = NDArray[np.float32]
 # Values, milliseconds, and where there are exits the stages and their scores (`fettle.rows.Outputs`); or what failed.
@@ -153,6 +155,17 @@ async def follow_replicas(slots: Mapping[str, Followed], application: str, fleet
             for name, own in slots.items():
                 own.resize(fleet.standings[name].running if name in fleet.standings else 0)
         await asyncio.sleep(FOLLOW_EVERY_S)
+
+
+def await_replicas(deployments: Collection[str], application: str) -> None:
+    """Wait until each of them has a replica that takes work."""
+    fleet = Fleet()
+    while not all(name in fleet.standings and fleet.standings[name].running for name in deployments):
+        time.sleep(AWAIT_EVERY_S)
+        try:
+            _look_at_replicas(application, fleet)
+        except RayError as error:
+            logger.warning("Serve's controller does not answer: %s", error)
 
 
 def _look_at_replicas(application: str, fleet: Fleet) -> None:

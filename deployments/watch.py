@@ -15,9 +15,9 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from deployments.reports import MonitorReply, RouterReport
+from deployments.reports import MonitorReply, RouterReport, TrialOrder, TrialReport
 from deployments.served import Quality, ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.tickets import Terms
@@ -56,6 +56,14 @@ class Comparison(Generic[Answer]):
     differs: Callable[[Answer, Answer], bool]
 
 
+class Trialled(Protocol):
+    """A rollout's part at this router (`deployments.trial`)."""
+
+    def report(self) -> TrialReport: ...
+
+    def obey(self, order: TrialOrder) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Seen:
     """What a point answered since the last report: rows by [step][stage], and their scores."""
@@ -77,6 +85,7 @@ class Watch:
         send: Send | None = None,
         share: float = 0.0,
         seed: int | None = None,
+        trials: Collection[Trialled] = (),
     ) -> None:
         self.states: tuple[PointState, ...] = ()
         self.live: dict[str, Any] = {}
@@ -84,6 +93,7 @@ class Watch:
         self._families = families or {}
         self._telemetry = telemetry or Telemetry()
         self._send = send
+        self._trials = {trial.report().name: trial for trial in trials}
         self.share = share if send is not None else 0.0
         self._chance = random.Random(seed)
         self._pairs: list[Pair] = []
@@ -187,13 +197,17 @@ class Watch:
         )
         # The pairs stay until they are known to have arrived; twice does no harm, since each has a name.
         try:
-            reply = await self._send(RouterReport(self._router, tuple(pairs), places, self.snapshot()))
+            trials = tuple(trial.report() for trial in self._trials.values())
+            reply = await self._send(RouterReport(self._router, tuple(pairs), places, self.snapshot(), trials))
         except BaseException:
             self._unsee(seen)
             raise
         self._heard = time.monotonic()
         del self._pairs[: len(pairs)]
         self.live = reply.live
+        for order in reply.orders:
+            if order.name in self._trials:
+                self._trials[order.name].obey(order)
         self._learn(reply.states)
 
     def _learn(self, states: tuple[PointState, ...]) -> None:

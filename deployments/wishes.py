@@ -19,6 +19,7 @@ def wishes_of(request: Request, body: schemas.Wished) -> Wishes:
         priority=body.priority,
         timeout_s=_timeout_s(request),
         explain=isinstance(body, schemas.Explained) and body.explain,
+        session=request.headers.get("x-session-id"),
     )
 
 

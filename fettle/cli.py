@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.models import TyperInfo
 
 from fettle import __version__
 from fettle.console import INTERRUPTED, Commands, checked, fail, print_json
 from fettle.family_commands import FamilyArgument, JsonOption
 from fettle.family_commands import commands as family_commands
 from fettle.load_commands import commands as load_commands
+from fettle.rollout_commands import commands as rollout_commands
 
 if TYPE_CHECKING:
     from fettle.family import Family
@@ -34,6 +36,7 @@ app = typer.Typer(
 
 
 app.registered_commands += [*family_commands.registered_commands, *load_commands.registered_commands]
+app.registered_groups += [TyperInfo(rollout_commands, name="rollout")]
 
 
 class DemoTask(StrEnum):

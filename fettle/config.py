@@ -192,6 +192,40 @@ class KeyConfig(Settings):
     tokens_per_second: float | None = Field(default=None, gt=0, description="on average; bursts of a few seconds pass")
 
 
+Step = Annotated[float, Field(gt=0, lt=1)]
+
+
+class RolloutConfig(Settings):
+    """A new version of a family beside the old one: how its share of the requests grows, and what ends it."""
+
+    path: str = Field(description="the new version, a family directory")
+    steps: list[Step] = Field(
+        default=[0.05, 0.25, 0.5], min_length=1, description="shares of the requests; after the last one it gets all"
+    )
+    hold_s: float = Field(default=60.0, ge=0, description="a step takes at least so long")
+    min_requests: int = Field(default=200, ge=1, description="and so many requests at the new version")
+    shadow: Share = Field(default=0.2, description="of its rows, which are compared with the old version's reference")
+    min_compared: int = Field(default=50, ge=0, description="comparisons before the second step, where they are judged")
+    slower: float = Field(
+        default=1.5, ge=1, description="times the old version's 90th percentile, above which an answer is slow"
+    )
+    max_disagreement: Step | None = Field(
+        default=None, description="share of answers that may differ from the old reference's; judged only if given"
+    )
+    delta: float = Field(
+        default=0.01, gt=0, lt=1, description="chance to roll back a version that is no worse than the old one"
+    )
+    ready_within_s: float = Field(default=900.0, gt=0)
+    attempt: str = Field(default="", description="anything: another one begins the same rollout again")
+
+    @field_validator("steps")
+    @classmethod
+    def growing(cls, steps: list[float]) -> list[float]:
+        if sorted(set(steps)) != steps:
+            raise ValueError("steps must grow, such as [0.05, 0.25, 0.5]")
+        return steps
+
+
 class FamilyConfig(Settings):
     """One family behind the service."""
 
@@ -206,6 +240,7 @@ class FamilyConfig(Settings):
     default: Identifier | None = Field(
         default=None, description="a variant that answers requests that name no class, without a promise"
     )
+    rollout: RolloutConfig | None = Field(default=None, description="a new version that takes over in steps")
 
 
 class ServeConfig(Settings):
@@ -223,6 +258,12 @@ class ServeConfig(Settings):
     )
     routers: int = Field(default=1, ge=1, description="router replicas; they share nothing")
     router_cpus: float = Field(default=1.0, ge=0)
+    surge_percent: int = Field(
+        default=25, ge=1, le=100, description="replicas beyond the number wanted, while others replace them; rounded up"
+    )
+    drain_s: float = Field(
+        default=300.0, gt=0, description="time for requests under way, such as long texts, when a router is replaced"
+    )
     api_keys: list[KeyConfig] = Field(default=[], repr=False)
 
     @model_validator(mode="before")

@@ -60,6 +60,18 @@ class Family:
         return self.manifest.name
 
     @property
+    def version(self) -> str:
+        """Names what is served: eight hex digits over the variants, the tokenizer and the task, not the points.
+
+        Two directories with the same version hold the same models; a new certificate makes no new version.
+        """
+        manifest = self.manifest
+        parts = manifest.model_dump(
+            mode="json", include={"variants", "tokenizer", "tokenizer_files", "task", "reference"}
+        )
+        return sha256_bytes(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))[:8]
+
+    @property
     def tokenizer_path(self) -> Path:
         return self.directory / TOKENIZER_FILE
 

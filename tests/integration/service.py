@@ -40,6 +40,7 @@ class Service:
     dashboard: str
     process: subprocess.Popen[bytes]
     log: Path
+    address: str = ""
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
@@ -80,8 +81,8 @@ def service(config: ServeConfig, log: Path, *, kept: bool = True) -> Iterator[Se
         )
     seen: set[psutil.Process] = set()
     try:
-        dashboard = _wait_until_up(process, log)
-        running = Service(f"http://127.0.0.1:{port}", port, dashboard, process, log)
+        up = _wait_until_up(process, log)
+        running = Service(f"http://127.0.0.1:{port}", port, up["dashboard"], process, log, up["address"])
         seen.update(running.descendants())
         yield running
     finally:
@@ -106,14 +107,14 @@ def command(process: psutil.Process) -> str:
         return ""
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], log: Path) -> str:
+def _wait_until_up(process: subprocess.Popen[bytes], log: Path) -> dict[str, str]:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         text = log.read_text(errors="replace")
         ready = next((line for line in text.splitlines() if line.startswith(READY)), None)
         if ready is not None:
-            dashboard: str = json.loads(ready.removeprefix(READY))["dashboard"]
-            return dashboard
+            up: dict[str, str] = json.loads(ready.removeprefix(READY))
+            return up
         if process.poll() is not None:
             raise RuntimeError(f"the service ended with status {process.returncode}:\n{text[-4000:]}")
         time.sleep(0.1)
@@ -142,7 +143,8 @@ def main() -> None:
     config = ServeConfig.model_validate_json(sys.argv[1])
     with running(config, ServerOptions(port=int(sys.argv[2]))):
         dashboard = ray._private.worker.get_dashboard_url()
-        print(READY + json.dumps({"dashboard": f"http://{dashboard}"}), flush=True)
+        address = ray.get_runtime_context().gcs_address
+        print(READY + json.dumps({"dashboard": f"http://{dashboard}", "address": address}), flush=True)
         wait_for_signal()
 
 

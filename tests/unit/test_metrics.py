@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deployments import metrics
 from deployments.exporter import Exporter
-from deployments.fleet import Fleet
+from deployments.fleet import Fleet, deployment_name
 from deployments.histogram import BINS, BUCKETS_S, SIZES, bin_of, buckets, edges, size_of
 from deployments.metrics import METRICS, Kind, Metric, reference_table
 from deployments.monitor_metrics import LEAST_EVIDENCE, tell_points
@@ -173,9 +173,10 @@ async def test_a_router_tells_what_it_did(tmp_path):
     router = make_router([family])
     seen = Recorder()
     fleet = Fleet()
-    fleet.see("fake.small", 1, 2, ["a"])
-    fleet.see("fake.small", 1, 2, ["a", "b"])
-    fleet.see("fake.small", 2, 2, ["b", "c"])
+    small = deployment_name("fake", "small", family.version)
+    fleet.see(small, 1, 2, ["a"])
+    fleet.see(small, 1, 2, ["a", "b"])
+    fleet.see(small, 2, 2, ["b", "c"])
     asked = router.ask(None, family.manifest.task.kind)
     tokenized = await router.tokenize(asked.family, ["the quick fox", "brown"])
     await router.infer(asked, tokenized)
