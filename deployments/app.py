@@ -98,7 +98,7 @@ class RouterIngress:
         made = Router(families, config.limits, config.classes, telemetry, watch, id=router, trials=trials)
         self._api = build_api(made, clients_of(config), TextRouter(made))
         self._followed, self._watch, self._fleet = followed, watch, Fleet()
-        self._metrics = RouterMetrics(made, self._fleet, Exporter())
+        self._metrics = RouterMetrics(made, self._fleet, Exporter(), config.replicas.max_replicas)
         if kept and config.replicas.min_replicas:
             # The routers before this one answer until it can. A new version is waited for by its rollout.
             stable = [handles[version.name] for version in versions_of(config) if version.stable is None]

@@ -85,7 +85,7 @@ FIRST_TOKEN_SECONDS = _histogram(
 TOKEN_SECONDS = _histogram(
     "time_per_output_token_seconds", "Of streams: mean time between two tokens, seconds", "family", "variant"
 )
-OBJECTIVE = _gauge("objective_seconds", "The latency objective of the configuration, seconds", "family")
+OBJECTIVE = _gauge("objective_seconds", "The latency objective of the configuration, seconds", "family", "task")
 
 # Tokens
 
@@ -114,6 +114,7 @@ LATE = _counter("late", "Rows or calls that were given up for their deadline", "
 READY = _gauge("ready", "1 where whatever answers by default has a replica that takes work", "family")
 REPLICAS = _gauge("replicas", "Replicas that run", "family", "variant")
 WANTED = _gauge("replicas_wanted", "Replicas that Serve aims at", "family", "variant")
+MOST = _gauge("replicas_most", "Replicas that the configuration allows", "family", "variant")
 STARTED = _counter("replica_starts", "Replicas that were started since the router was", "family", "variant")
 ROUTER_CPU = _counter("router_cpu_seconds", "Processor time of a router's process")
 ROUTER_LAG = _gauge("router_lag_seconds", "How late a router's event loop was, at most in the last second")

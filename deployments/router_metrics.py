@@ -26,9 +26,10 @@ PART_METRICS = (metrics.TOKENIZE_SECONDS, metrics.QUEUE_SECONDS, metrics.INFEREN
 class RouterMetrics:
     """See the module; `tell` is all of it, once."""
 
-    def __init__(self, router: Router, fleet: Fleet, exporter: Exporter) -> None:
+    def __init__(self, router: Router, fleet: Fleet, exporter: Exporter, most_replicas: int = 1) -> None:
         self._router = router
         self._fleet = fleet
+        self._most = most_replicas
         self._to = exporter
         self._lag_s = 0.0
 
@@ -53,7 +54,7 @@ class RouterMetrics:
         to = self._to
         to.level(metrics.READY, (name,), float(family.is_ready))
         gauges = family.gauges()
-        to.level(metrics.OBJECTIVE, (name,), gauges.objective_ms / 1000)
+        to.level(metrics.OBJECTIVE, (name, gauges.task), gauges.objective_ms / 1000)
         self._classes(gauges)
         for variant, batcher in family.batchers.items():
             self._variant(name, variant, batcher, family.family.version)
@@ -85,6 +86,7 @@ class RouterMetrics:
         standing = self._fleet.of(family, variant, version)
         to.level(metrics.REPLICAS, labels, float(standing.running))
         to.level(metrics.WANTED, labels, float(standing.wanted))
+        to.level(metrics.MOST, labels, float(self._most))
         to.total(metrics.STARTED, labels, standing.started)
 
     def _requests(self, family: str, counts: Counts) -> None:
