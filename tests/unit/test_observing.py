@@ -1,4 +1,4 @@
-"""deploy/prometheus and deploy/grafana: rules and dashboards that ask for metrics that exist; their own tools as well."""
+"""deploy/prometheus and deploy/grafana: rules and dashboards ask for metrics that exist; their own tools agree."""
 
 from __future__ import annotations
 
