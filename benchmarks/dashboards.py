@@ -39,8 +39,8 @@ from rich.table import Table
 
 from benchmarks.machine import describe_machine, machine_lines
 from benchmarks.processes import Server, ServerSpec
-from benchmarks.traffic import read_texts
 from deployments.fastpath import free_port
+from fettle.bench.texts import read_texts
 from fettle.config import FamilyConfig, KeyConfig, MonitorConfig, ServeConfig
 from fettle.family import Family
 from fettle.manifest import TaskKind

@@ -148,7 +148,7 @@ def redeploy(config: ServeConfig, application: str = APPLICATION) -> None:
     from deployments.app import build
 
     details = _get_global_client().get_serve_details()["applications"][application]
-    target = RunTarget(build(config), application, details["route_prefix"], _quiet())
+    target = RunTarget(build(config), application, details["route_prefix"], _telling())
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
@@ -215,7 +215,8 @@ def _deploy(config: ServeConfig, options: ServerOptions) -> None:
     quiet = None if options.verbose else _quiet()
     serve.start(http_options={"host": options.host, "port": options.port}, logging_config=quiet)
     try:
-        serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=quiet)
+        logs = None if options.verbose else _telling()
+        serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=logs)
     except RuntimeError as error:
         raise UnavailableError(f"the service did not come up: {error}") from error
 
@@ -223,4 +224,9 @@ def _deploy(config: ServeConfig, options: ServerOptions) -> None:
 def _quiet() -> LoggingConfig:
     from ray.serve.schema import LoggingConfig
 
-    return LoggingConfig(log_level="WARNING", enable_access_log=False)
+    return LoggingConfig(encoding="JSON", log_level="WARNING", enable_access_log=False)
+
+
+def _telling() -> LoggingConfig:
+    """Of the application: errors, slow requests and decisions, not requests that went well."""
+    return _quiet().model_copy(update={"log_level": "INFO"})
