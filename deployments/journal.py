@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fettle.errors import FettleError
+from fettle.errors import FettleError, shortened
 
 logger = logging.getLogger("ray.serve")
 
@@ -54,7 +54,7 @@ class Journal:
         self.count(error.status, error.code or error.type)
         level = logging.ERROR if error.status >= 500 and error.status != 504 else logging.WARNING
         kind = error.code or error.type
-        self._write(level, kind, error.message, request_id=id, status=error.status, code=kind, **facts)
+        self._write(level, kind, shortened(error.message), request_id=id, status=error.status, code=kind, **facts)
 
     def count(self, status: int, code: str) -> None:
         self.errors[status, code] = self.errors.get((status, code), 0) + 1

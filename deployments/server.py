@@ -59,6 +59,9 @@ def running(config: ServeConfig, options: ServerOptions) -> Iterator[str]:
     check_port(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="fettle-") as scratch:
         fast = options.fast and fastpath.available()
+        if fast and options.address is None:
+            # Of a Ray that was started elsewhere, so was the proxy.
+            config = config.model_copy(update={"proxy_secret_file": str(fastpath.guard(Path(scratch)))})
         os.environ.update(fastpath.environment(Path(scratch), fast=fast, cores=usable_cores()))
         needed = needs(config)
         check_memory(needed)

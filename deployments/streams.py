@@ -1,7 +1,8 @@
 """Replies that go out piece by piece, and clients that leave before they are whole.
 
 Nothing is buffered: the next block is asked for when the server has taken the last one, so a client that reads slowly
-slows whatever makes the blocks, and what the server itself holds is bounded by its write buffer.
+slows whatever makes the blocks, and what the server itself holds is bounded by its write buffer. One that reads hardly
+at all is given up.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
+# Whoever takes none of the 64 kB that the server holds for it in so long a time is given up, and with it its place at a
+# replica, which nobody else can have until then.
+STALLED_S = 30.0
 
 
 def event(content: object) -> bytes:
@@ -78,10 +82,11 @@ class EventStream(Response):
             async with aclosing(self._source), aclosing(self._events), connected(receive):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 async for block in self._events:
-                    await send(_body(block, more=True))
+                    async with asyncio.timeout(STALLED_S):
+                        await send(_body(block, more=True))
                 await send(_body(b"", more=False))
         except (ClientDisconnect, OSError):
-            # Nobody reads on; what was under way is closed.
+            # Nobody reads on, TimeoutError included; what was under way is closed.
             return
 
 

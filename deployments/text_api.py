@@ -59,7 +59,7 @@ class TextEndpoints:
             "/v1/completions": text_schemas.CompletionRequest,
             "/v1/chat/completions": text_schemas.ChatRequest,
         }
-        limit = router.limits.max_body_bytes
+        limit = router.limits
         self.readers: dict[str, BodyReader[Any]] = {
             path: BodyReader(model, limit, text_schemas.REMEDIES) for path, model in models.items()
         }

@@ -24,7 +24,7 @@ class TokenEndpoints:
     def __init__(self, router: Router, conversations: Conversations) -> None:
         self._router = router
         self._conversations = conversations
-        limit = router.limits.max_body_bytes
+        limit = router.limits
         # A text to tokenize is a text only, whatever a prompt may be elsewhere.
         remedies = {field: remedy for field, remedy in REMEDIES.items() if field != "prompt"}
         self.readers: dict[str, BodyReader[Any]] = {

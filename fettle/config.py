@@ -152,6 +152,7 @@ class LimitConfig(Settings):
 
     max_body_bytes: int = Field(default=2_000_000, ge=1)
     max_inputs: int = Field(default=256, ge=1)
+    body_within_s: float = Field(default=30.0, gt=0, description="a body that is not complete by then gets 408")
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -265,6 +266,9 @@ class ServeConfig(Settings):
         default=300.0, gt=0, description="time for requests under way, such as long texts, when a router is replaced"
     )
     api_keys: list[KeyConfig] = Field(default=[], repr=False)
+    proxy_secret_file: str | None = Field(
+        default=None, description="holds the word that HAProxy adds to requests; routers refuse those without it"
+    )
 
     @model_validator(mode="before")
     @classmethod

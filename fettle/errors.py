@@ -7,6 +7,9 @@ stack traces) never goes into a message of a `RequestError`.
 
 from __future__ import annotations
 
+# Characters of a message.
+LONGEST = 800
+
 
 class FettleError(Exception):
     """Base of all. `param` names the field at fault, if there is one; `code` is a stable machine word."""
@@ -21,8 +24,12 @@ class FettleError(Exception):
         self.param = param
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The reply's body in the shape the OpenAI API documents: `{"error": {...}}`."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        """The reply's body in the shape the OpenAI API documents: `{"error": {...}}`.
+
+        What a client sent may stand in message and param, but not at any length.
+        """
+        message, param = shortened(self.message), None if self.param is None else shortened(self.param)
+        return {"error": {"message": message, "type": self.type, "param": param, "code": self.code}}
 
 
 # Offline: the family, the data, the machine.
@@ -93,6 +100,14 @@ class AuthError(RequestError):
     code = "invalid_api_key"
 
 
+class ForbiddenError(RequestError):
+    """A request that did not come the way that requests come."""
+
+    status = 403
+    type = "permission_error"
+    code = "not_through_the_proxy"
+
+
 class UnknownModelError(RequestError):
     status = 404
     type = "not_found_error"
@@ -102,6 +117,20 @@ class UnknownModelError(RequestError):
 class TooLargeError(RequestError):
     status = 413
     code = "too_large"
+
+
+class SlowBodyError(RequestError):
+    """The body was not complete in time."""
+
+    status = 408
+    code = "timeout"
+
+
+class EncodingError(RequestError):
+    """The body is compressed, and what it unpacks to is not to be found out."""
+
+    status = 415
+    code = "unsupported_encoding"
 
 
 class ContextLengthError(RequestError):
@@ -148,6 +177,12 @@ class EngineError(FettleError):
     """The engine failed on these rows; another row of the same batch may well be fine."""
 
     code = "engine_failed"
+
+
+def shortened(text: str) -> str:
+    """At most LONGEST characters of it, from its beginning and its end."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[: half - 5]} ... {text[-half:]}"
 
 
 def first_line(error: BaseException) -> str:

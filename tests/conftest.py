@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
-from fettle.config import BatchConfig, FamilyConfig, ReplicaConfig, ServeConfig
+from fettle.config import BatchConfig, FamilyConfig, LimitConfig, ReplicaConfig, ServeConfig
 from tests.fakes import FakeVariant, classify_task, embed_task, make_fake_family, token_id
 from tests.integration.service import Service, service
 from tests.texts import make_text_family
@@ -33,6 +33,7 @@ VARIANTS = {
     "emb": [FakeVariant("int8", ms_per_call=2, ms_per_token=0.02), FakeVariant("slow", ms_per_call=5, ms_per_token=2)],
 }
 MAX_QUEUE_S = 1.0
+BODY_WITHIN_S = 12.0
 TASKS = {"sections": classify_task(), "emb": embed_task(16)}
 TEXT_VARIANTS = [FakeVariant("bf16", ms_per_call=5), FakeVariant("int4", ms_per_call=2)]
 
@@ -70,6 +71,7 @@ def one_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         families=families,
         replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
         batch=BatchConfig(max_queue_s=MAX_QUEUE_S),
+        limits=LimitConfig(body_within_s=BODY_WITHIN_S),
     )
     with service(config, where / "log") as running:
         yield running

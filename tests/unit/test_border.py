@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from deployments.api import build_api
+from deployments.haproxy import SECRET_HEADER
 from deployments.router import Client, Router
 from fettle.config import LimitConfig
 from fettle.errors import FettleError
@@ -450,6 +455,87 @@ async def test_no_reply_shows_a_key(guarded):
     for path in ("/info", "/openapi.json", "/v1/models", "/quality", "/stats", "/"):
         response = await guarded.get(path, headers={"authorization": f"Bearer {KEY}"})
         assert KEY not in response.text
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, identity", "GZIP"])
+@PATHS
+async def test_a_compressed_body_is_not_unpacked(client, path, encoding):
+    response = await post_bytes(client, path, gzip.compress(bytes(10_000_000)), **{"content-encoding": encoding})
+    assert assert_error(response, 415)["param"] == "content-encoding"
+    await assert_well(client)
+
+
+async def refused(app: FastAPI, path: str, kind: str = "application/json", piece: bytes = b" ") -> tuple[int, bool]:
+    """Post a body that never ends, as a server gives it to the application: the status, and whether it is the last."""
+    started: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.001)
+        return {"type": "http.request", "body": piece, "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            started.append(message)
+
+    headers = [(b"content-type", kind.encode()), (b"transfer-encoding", b"chunked")]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": headers, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
+    }  # fmt: skip
+    await app(scope, receive, send)
+    (start,) = started
+    return start["status"], (b"connection", b"close") in start["headers"]
+
+
+@PATHS
+async def test_a_body_that_does_not_end_in_time_is_given_up_and_so_is_its_connection(families, path):
+    app = make_app(families, limits=LimitConfig(body_within_s=0.05))
+    assert await refused(app, path) == (408, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "status"),
+    [
+        ("/classify", "application/json", 413),
+        ("/nowhere", "application/json", 404),
+        ("/health", "application/json", 405),
+        ("/classify", "text/plain", 400),
+    ],
+)
+async def test_what_is_refused_before_its_body_ends_is_not_listened_to(families, path, kind, status):
+    app = make_app(families, limits=LimitConfig(max_body_bytes=100_000))
+    assert await refused(app, path, kind, b" " * 4096) == (status, True)
+
+
+async def test_who_has_no_key_is_not_listened_to(families):
+    assert await refused(make_app(families, clients=CLIENTS), "/classify") == (401, True)
+
+
+async def test_a_connection_stays_when_the_body_was_read(client):
+    for model, status in (("sections", 200), ("none", 404)):
+        response = await client.post("/classify", json={"model": model, "input": "fox"})
+        assert response.status_code == status
+        assert "connection" not in response.headers
+
+
+@pytest.mark.parametrize("name", ["m" * 100_000, "sections:" + "v" * 100_000])
+async def test_an_error_does_not_repeat_what_is_long(client, name):
+    response = await client.post("/classify", json={"model": name, "input": "fox"})
+    assert_error(response, 404)
+    assert len(response.content) < 1500
+
+
+async def test_a_router_behind_a_proxy_answers_nobody_else(families):
+    router = make_router(families)
+    secret = "0123456789abcdef"
+    async with client_of(build_api(router, proxy_secret=secret)) as client:
+        for path in ("/", "/health", "/info", "/docs"):
+            assert assert_error(await client.get(path), 403)["code"] == "not_through_the_proxy"
+            for wrong in ("", secret[:-1], secret + "0"):
+                assert_error(await client.get(path, headers={SECRET_HEADER: wrong}), 403)
+            assert (await client.get(path, headers={SECRET_HEADER: secret})).status_code == 200
+        assert_error(await post_inputs(client, "/embed", "fox"), 403)
 
 
 def test_a_router_without_families_is_impossible_to_ask(tmp_path: Path):

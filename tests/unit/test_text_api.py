@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from deployments import streams
 from deployments.router import Client
 from deployments.text_source import Piece, Spent, TextCall, Votes
 from fettle.config import LimitConfig
@@ -717,6 +718,19 @@ async def test_a_client_that_stops_reading_stops_its_source(families):
     await asyncio.wait_for(connection.task, 10)
     assert source.pulled == 400
     assert connection.body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_reader_that_takes_nothing_is_given_up(families, monkeypatch):
+    monkeypatch.setattr(streams, "STALLED_S", 0.05)
+    source, app = serving(families, says("x" * 400, size=1))
+    connection = Connection(app, CHAT, {"messages": TALK, "stream": True})
+    while len(connection.sent) < 10:
+        await asyncio.sleep(0)
+    connection.ready.clear()
+    await asyncio.wait_for(connection.task, 10)
+    assert source.open_calls == 0
+    assert source.pulled < 400
+    assert b"[DONE]" not in connection.body
 
 
 @pytest.fixture
