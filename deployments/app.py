@@ -34,7 +34,7 @@ from deployments.trial import Trial
 from deployments.variant import Followed, ReplicaSlots, Variant, await_replicas, follow_replicas
 from deployments.versions import Version, rollout_of, still_asked, versions_of
 from deployments.watch import Watch
-from fettle import __version__, policy
+from fettle import __version__, latency, policy
 from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig, TextConfig
 from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, row_ms, work_shares
 from fettle.drafting import choose_draft
@@ -46,9 +46,13 @@ from fettle.manifest import TaskKind, VariantManifest
 from fettle.scheduling import BatchBounds, Queue
 from fettle.store import sha256_bytes
 from workers.engine import EngineOptions
+from workers.generator import ALONE_CHUNK
 
 # The router's own bound is the predicted work in its queues; Serve must not queue or refuse before it.
 INGRESS_CONCURRENCY = 10_000
+# How many times its full time a call may take before it counts as lost; a replica's engine, twice that.
+SLOW = 20
+STUCK = 2
 
 
 @serve.deployment
@@ -73,11 +77,11 @@ class RouterIngress:
             for variant, handle in handles[name].items():
                 manifest = family.variant(variant)
                 if manifest.task.kind is TaskKind.GENERATE:
-                    streams = ReplicaStreams(handle)
+                    streams = ReplicaStreams(handle, stuck_after_s(manifest, config))
                     batchers[variant] = make_lane(manifest, streams, config)
                     followed[handle.deployment_name] = streams
                 else:
-                    slots = make_slots(handle, config)
+                    slots = make_slots(handle, config, stuck_after_s(manifest, config))
                     batchers[variant] = make_batcher(manifest, slots, config, shares[variant])
                     followed[handle.deployment_name] = slots
             families[name] = served = ServedFamily.of(version.settings, name, family, batchers, config.gears)
@@ -222,8 +226,9 @@ def deployment(version: Version, variant: str, settings: ServeConfig, *, kept: b
     kind: Any = TextVariant if generates else Variant
     draft = draft_of(family, variant, settings.text) if generates else None
     guesses = None if draft is None else str(family.variant_path(draft).resolve())
-    text = TextOptions(engine, settings.text, str(family.tokenizer_path.resolve()), nice, guesses)
-    arguments = (directory, *([text] if generates else [engine, nice]))
+    stuck = STUCK * stuck_after_s(manifest, settings)
+    text = TextOptions(engine, settings.text, str(family.tokenizer_path.resolve()), nice, guesses, stuck)
+    arguments = (directory, *([text] if generates else [engine, nice, stuck]))
     bound: Application = kind.options(
         name=deployment_name(version.name, variant, family.version),
         version=code_version(arguments),
@@ -276,8 +281,20 @@ def replica_gpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
     return manifest.resources.gpus or float(config.device == "cuda")
 
 
-def make_slots(handle: DeploymentHandle, config: ServeConfig) -> ReplicaSlots:
-    return ReplicaSlots(handle, places=config.replicas.places, share=1 / config.routers)
+def make_slots(handle: DeploymentHandle, config: ServeConfig, stuck_after_s: float) -> ReplicaSlots:
+    return ReplicaSlots(handle, config.replicas.places, 1 / config.routers, stuck_after_s)
+
+
+def stuck_after_s(manifest: VariantManifest, config: ServeConfig) -> float:
+    """How long a call may be silent: far longer than any takes, however busy the machine."""
+    assert manifest.measured is not None
+    table, prompts = manifest.measured.latency, manifest.measured.prompts
+    if manifest.task.kind is TaskKind.GENERATE and prompts is not None:
+        # A replica that generates says something every second; a step is a piece of a prompt and a token for each text.
+        slowest = latency.full_call_ms(prompts, ALONE_CHUNK) + latency.full_call_ms(table, 1)
+    else:
+        slowest = latency.full_call_ms(table, config.batch.max_tokens or latency.best_tokens_per_call(table, CALL_MS))
+    return max(config.replicas.stuck_after_s, SLOW * slowest / 1000)
 
 
 def make_batcher(

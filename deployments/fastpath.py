@@ -26,6 +26,8 @@ FAST = {
     "RAY_worker_niceness": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A router that dies without a reply costs a retry at another one: asking a model twice changes nothing.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
 }
 
 # The script that stands for HAProxy's binary.

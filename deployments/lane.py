@@ -29,6 +29,8 @@ logger = logging.getLogger("ray.serve")
 # Tokens that a text is expected to have, before any was seen.
 FIRST_GUESS = 64.0
 WEIGHT = 0.05
+# Before another attempt, by how many there were: a replica takes some seconds to come back where it was the only one.
+PAUSES_S = (0.0, 0.5, 2.0, 8.0)
 # One call at a time leaves the queue, whatever its size.
 ONE_BY_ONE = BatchBounds(rows=1, tokens=1, max_age_s=0.0)
 
@@ -213,7 +215,7 @@ class Lane:
     async def _whole(self, work: TextWork, terms: Terms) -> AsyncGenerator[list[Bit], None]:
         """The bits of the work, from as many replicas as it takes."""
         told = _Told(work)
-        for _ in range(MAX_LOSSES):
+        for attempt in range(MAX_LOSSES):
             stream = self.slots.generate(told.rest())
             try:
                 while told.left:
@@ -230,6 +232,9 @@ class Lane:
                 self.stats.retried += 1
             finally:
                 await stream.aclose()
+            if attempt < len(PAUSES_S):
+                # Not beyond the deadline, which then says so.
+                await asyncio.sleep(max(0.0, min(PAUSES_S[attempt], terms.deadline - time.monotonic())))
         raise UnavailableError(f"no replica could answer after {MAX_LOSSES} attempts")
 
     def _limit_s(self, terms: Terms) -> float:

@@ -12,6 +12,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -55,9 +56,16 @@ class TextEngine:
     """`start` before anything else, on the event loop that calls will be answered from; `close` in the end."""
 
     def __init__(
-        self, generator: Generator, detokenizer: Detokenizer, rules: Rules, extract: Extract | None = None
+        self,
+        generator: Generator,
+        detokenizer: Detokenizer,
+        rules: Rules,
+        extract: Extract | None = None,
+        watching: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`watching` is around every step."""
         self.generator = generator
+        self._watching = watching
         self._detokenizer = detokenizer
         self._rules = rules
         self._extract = extract
@@ -216,7 +224,8 @@ class TextEngine:
                 self._awake.wait()
                 continue
             try:
-                steps = self.generator.step()
+                with self._watching():
+                    steps = self.generator.step()
             except Exception as error:
                 # A bug, or a device that is gone: nothing that is under way can be trusted.
                 logger.exception("the text engine failed")

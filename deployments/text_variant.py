@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
 from ray import serve
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from tokenizers import Tokenizer as FastTokenizer
 
 from deployments.exporter import EVERY_S, Exporter
+from deployments.silence import Patience, told_regularly
+from deployments.slots import SlotLostError
 from deployments.text_engine import TextEngine
 from deployments.text_metrics import tell_generator
 from deployments.text_rules import TextRules
 from deployments.text_work import Bit, TextWork
 from deployments.text_writer import extract_of
 from deployments.variant import losses
+from deployments.watchdog import Watchdog
 from fettle.config import TextConfig
 from fettle.detokenize import Detokenizer
 from fettle.errors import FettleError
@@ -30,6 +35,7 @@ from workers.speculation import Drafter, DraftModel, PromptLookup, Speculation
 
 # Of a replica's memory for keys and values, what the draft model's one text may take, at most: one of so many parts.
 DRAFT_PART = 4
+WORD_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class TextOptions:
     tokenizer: str
     niceness: int = 0
     draft: str | None = None
+    stuck_after_s: float = math.inf
 
 
 @serve.deployment
@@ -64,7 +71,10 @@ class TextVariant:
         fast = FastTokenizer.from_file(options.tokenizer)
         task = runner.manifest.task
         rules = TextRules(options.tokenizer, fast, task)
-        self.engine = TextEngine(generator, Detokenizer(fast), rules, extract_of(task))
+        self._watchdog = Watchdog(options.stuck_after_s)
+        if options.stuck_after_s < math.inf:
+            self._watchdog.start()
+        self.engine = TextEngine(generator, Detokenizer(fast), rules, extract_of(task), self._watchdog.watching)
         self._started = False
         self._name = runner.manifest.id
         # What was allocated so far lives as long as the replica: collecting it again and again is wasted time.
@@ -72,14 +82,18 @@ class TextVariant:
         gc.freeze()
 
     async def generate(self, work: TextWork) -> AsyncIterator[list[Bit]]:
-        """The work's bits; what is wrong with it is one too, so that every exception means: this replica is gone."""
+        """The work's bits; what is wrong with it is one too, so that every exception means: this replica is gone.
+
+        While there are none there is an empty list every second, so that silence means the same.
+        """
         if not self._started:
             self._started = True
             self.engine.start()
             self._telling = asyncio.get_running_loop().create_task(self._tell())
         try:
-            async for bits in self.engine.generate(work):
-                yield bits
+            async with aclosing(told_regularly(self.engine.generate(work), WORD_EVERY_S)) as told:
+                async for bits in told:
+                    yield bits or []
         except FettleError as error:
             yield [Bit(number, error=error) for number in work.answers]
 
@@ -116,22 +130,44 @@ def _drafters(manifest: VariantManifest, options: TextOptions) -> tuple[list[Dra
 
 
 class ReplicaStreams:
-    """The lane's `Replicas`: calls over Serve's handle, which picks the replica with the fewest under way."""
+    """The lane's `Replicas`: calls over Serve's handle, which picks the replica with the fewest under way.
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    A stream that is given up keeps its place at the silent replica, so that what is done again goes elsewhere.
+    """
+
+    def __init__(self, handle: DeploymentHandle, stuck_after_s: float = math.inf) -> None:
         self.replicas = 0
         self._handle = handle.options(stream=True)
+        self._patience = Patience(stuck_after_s, lambda: self.replicas > 0)
 
     def resize(self, replicas: int) -> None:
         """Tell how many replicas are running now."""
+        if replicas < self.replicas:
+            self._patience.forget()
         self.replicas = replicas
 
     async def generate(self, work: TextWork) -> AsyncGenerator[list[Bit], None]:
         with losses():
             stream = self._handle.generate.remote(work)
+        given_up = False
         try:
             with losses():
-                async for bits in stream:
-                    yield bits
+                while True:
+                    call = asyncio.ensure_future(_next(stream))
+                    if not await self._patience.wait(call):
+                        given_up = True
+                        call.add_done_callback(lambda _: stream.cancel())
+                        raise SlotLostError(f"no word in {self._patience.seconds:g} s")
+                    bits = call.result()
+                    if bits is None:
+                        return
+                    if bits:
+                        yield bits
         finally:
-            stream.cancel()
+            if not given_up:
+                stream.cancel()
+
+
+async def _next(stream: DeploymentResponseGenerator[list[Bit]]) -> list[Bit] | None:
+    """What the stream has next; None at its end."""
+    return await anext(stream, None)

@@ -17,16 +17,19 @@ from typing import Protocol
 
 import grpc
 import numpy as np
+import ray
 from numpy.typing import NDArray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ReplicaState
 
 from deployments.fleet import Fleet
+from deployments.silence import Patience
 from deployments.slots import SlotLostError
+from deployments.watchdog import Watchdog
 from fettle.errors import EngineError
 from fettle.rows import Exits, Outputs, Rows
 from workers.engine import EngineOptions, open_engine
@@ -35,6 +38,7 @@ logger = logging.getLogger("ray.serve")
 
 FOLLOW_EVERY_S = 1.0
 AWAIT_EVERY_S = 0.5
+CONTROLLER_S = 10.0
 
 Floats = NDArray[np.float32]
 # Values, milliseconds, and where there are exits the stages and their scores (`fettle.rows.Outputs`); or what failed.
@@ -45,12 +49,17 @@ Reply = tuple[Floats, float, NDArray[np.int8] | None, Floats | None] | str
 class Variant:
     """Owns one loaded variant. The engine works on a thread of its own, so that health checks are always answered."""
 
-    def __init__(self, directory: str, options: EngineOptions, niceness: int = 0) -> None:
+    def __init__(
+        self, directory: str, options: EngineOptions, niceness: int = 0, stuck_after_s: float = math.inf
+    ) -> None:
         # Of this thread and those that it starts, the engine's among them.
         os.nice(niceness)
         self.engine = open_engine(Path(directory), options)
         self.engine.warm_up()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._watchdog = Watchdog(stuck_after_s)
+        if stuck_after_s < math.inf:
+            self._watchdog.start()
         # What was allocated so far lives as long as the replica: collecting it again and again is wasted time.
         gc.collect()
         gc.freeze()
@@ -70,10 +79,14 @@ class Variant:
         rows = Rows(ids, lengths, type_ids)
         exits = None if thresholds is None or temperatures is None else Exits(thresholds, temperatures)
         try:
-            outputs = await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.run, rows, exits)
+            outputs = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, rows, exits)
         except EngineError as error:
             return error.message
         return outputs.values, outputs.infer_ms, outputs.stages, outputs.scores
+
+    def _run(self, rows: Rows, exits: Exits | None) -> Outputs:
+        with self._watchdog.watching():
+            return self.engine.run(rows, exits)
 
 
 @contextmanager
@@ -91,14 +104,18 @@ class ReplicaSlots:
     Ray can reserve a place at a replica itself, but that is one more actor call for each batch, 3 to 4 ms of latency
     and 1.5 ms of CPU on two cores; and what a full replica refuses, Ray's handle sends to another anyway.
     `share` is this router's part of each replica's `places`, since routers know nothing of each other.
+    A call that is given up keeps its place, here and at the replica, so that what is done again goes elsewhere.
     """
 
-    def __init__(self, handle: DeploymentHandle, places: int, share: float = 1.0) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, places: int, share: float = 1.0, stuck_after_s: float = math.inf
+    ) -> None:
         self.replicas = 0
         self._handle = handle
         self._places = places * share
         self._taken = 0
         self._freed = asyncio.Event()
+        self._patience = Patience(stuck_after_s, lambda: self.replicas > 0)
 
     @property
     def capacity(self) -> int:
@@ -107,6 +124,8 @@ class ReplicaSlots:
 
     def resize(self, replicas: int) -> None:
         """Tell how many replicas are running now."""
+        if replicas < self.replicas:
+            self._patience.forget()
         self.replicas = replicas
         self._freed.set()
 
@@ -116,26 +135,45 @@ class ReplicaSlots:
             self._freed.clear()
             await self._freed.wait()
         self._taken += 1
+        slot = ReplicaSlot(self._handle, self._patience)
         try:
-            yield ReplicaSlot(self._handle)
+            yield slot
         finally:
-            self._taken -= 1
-            self._freed.set()
+            if slot.given_up is None:
+                self._free()
+            else:
+                slot.given_up.add_done_callback(lambda _: self._free())
+
+    def _free(self) -> None:
+        self._taken -= 1
+        self._freed.set()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReplicaSlot:
-    """A place at one of the replicas, good for one batch."""
+    """A place at one of the replicas, good for one batch. `given_up`: a call that did not come back in time."""
 
     handle: DeploymentHandle
+    patience: Patience
+    given_up: asyncio.Future[Reply] | None = None
 
     async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
         gates = () if exits is None else (exits.thresholds, exits.temperatures)
         with losses():
-            reply: Reply = await self.handle.run.remote(rows.ids, rows.lengths, rows.type_ids, *gates)
+            response = self.handle.run.remote(rows.ids, rows.lengths, rows.type_ids, *gates)
+            call = asyncio.ensure_future(_awaited(response))
+            if not await self.patience.wait(call):
+                self.given_up = call
+                raise SlotLostError(f"no reply in {self.patience.seconds:g} s")
+            reply = call.result()
         if isinstance(reply, str):
             raise EngineError(reply)
         return Outputs(*reply)
+
+
+async def _awaited(response: DeploymentResponse[Reply]) -> Reply:
+    reply: Reply = await response
+    return reply
 
 
 class Followed(Protocol):
@@ -148,9 +186,10 @@ async def follow_replicas(slots: Mapping[str, Followed], application: str, fleet
     while True:
         try:
             await asyncio.to_thread(_look_at_replicas, application, fleet)
-        except RayError as error:
-            # The controller is away for a moment; what was known last still holds, and lost replicas are retried.
-            logger.warning("Serve's controller does not answer: %s", error)
+        except (RayError, RayServeException, KeyError) as error:
+            # The controller is away, or knows nothing yet; what was known last still holds, and lost replicas are
+            # retried.
+            logger.warning("Serve's controller does not answer: %r", error)
         else:
             for name, own in slots.items():
                 own.resize(fleet.standings[name].running if name in fleet.standings else 0)
@@ -164,13 +203,16 @@ def await_replicas(deployments: Collection[str], application: str) -> None:
         time.sleep(AWAIT_EVERY_S)
         try:
             _look_at_replicas(application, fleet)
-        except RayError as error:
-            logger.warning("Serve's controller does not answer: %s", error)
+        except (RayError, RayServeException, KeyError) as error:
+            logger.warning("Serve's controller does not answer: %r", error)
 
 
 def _look_at_replicas(application: str, fleet: Fleet) -> None:
-    """`serve.status()` reads the same, and checks it by a schema at a twelfth of the router's time."""
-    details = _get_global_client().get_serve_details()
+    """`serve.status()` reads the same, and checks it by a schema at a twelfth of the router's time.
+
+    Raises RayError where the controller does not answer in time, as when its host is cut off.
+    """
+    details = ray.get(_get_global_client()._controller.get_serve_instance_details.remote(), timeout=CONTROLLER_S)
     for name, found in details["applications"][application]["deployments"].items():
         replicas = found["replicas"]
         running = sum(replica["state"] == ReplicaState.RUNNING for replica in replicas)

@@ -100,6 +100,12 @@ class ReplicaConfig(Settings):
     gpus: float | None = Field(default=None, ge=0)
     device: Device = "cpu"
     prefetch: int = Field(default=1, ge=0, description="batches that wait at a replica while it works on one")
+    stuck_after_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="a call without a reply for so long, and twenty times what a full one takes, is done elsewhere; "
+        "a replica whose engine hangs for twice that is started again",
+    )
 
     @property
     def places(self) -> int:

@@ -40,6 +40,13 @@ def tokens_within(table: LatencyTable, ms: float) -> int:
     return max(1, int(rate * ms))
 
 
+def full_call_ms(table: LatencyTable, tokens: int) -> float:
+    """A call of so many padded tokens in rows of the longest measured length, or the slowest measured call."""
+    longest = max(cell.length for cell in table.cells)
+    full = estimate_ms(table, max(1, tokens // longest), longest)
+    return max(full, *(cell.p95_ms for cell in table.cells))
+
+
 def best_rows_per_second(table: LatencyTable, length: int) -> float:
     """Rows a second at `length` tokens, in the measured batch size that suits it best."""
     return max(1000 * batch / estimate_ms(table, batch, length) for batch in {cell.batch for cell in table.cells})

@@ -71,6 +71,7 @@ class FakeVariant:
     fail_on_token: int | None = None
     exit_on_token: int | None = None
     corrupt_every: int | None = None
+    stall_file: str | None = None
     tokens_read: int | None = None
     stages: int = 1
     salt: int = 0
@@ -228,7 +229,11 @@ def _write_variant(directory: Path, variant: FakeVariant, task: Task, spec: Toke
     if generates:
         parameters |= {"salt": variant.salt}
     else:
-        parameters |= {"corrupt_every": variant.corrupt_every, "tokens_read": variant.tokens_read}
+        parameters |= {
+            "corrupt_every": variant.corrupt_every,
+            "tokens_read": variant.tokens_read,
+            "stall_file": variant.stall_file,
+        }
     manifest = VariantManifest(
         id=variant.id,
         runtime=Runtime.FAKE,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ class FakeParameters(Strict):
     ms_per_token: float = Field(default=0.0, ge=0, description="for each padded token of a batch")
     fail_on_token: int | None = Field(default=None, description="a batch with this token id raises EngineError")
     exit_on_token: int | None = Field(default=None, description="a batch with this token id ends the process")
+    stall_file: str | None = Field(default=None, description="the engine that can remove this file never returns")
     corrupt_every: int | None = Field(default=None, ge=1, description="every so manyth row gets another row's answer")
     tokens_read: int | None = Field(default=None, ge=1, description="the answer comes from so many tokens")
 
@@ -52,6 +54,7 @@ class FakeEngine:
             os._exit(CRASH_STATUS)
         if self.parameters.fail_on_token in rows.ids:
             raise EngineError(f"the fake engine was told to fail on token {self.parameters.fail_on_token}")
+        self._stall()
         padded = len(rows) * rows.longest
         time.sleep((self.parameters.ms_per_call + self.parameters.ms_per_token * padded) / 1000)
         each = np.split(rows.ids, np.cumsum(rows.lengths)[:-1])
@@ -85,6 +88,17 @@ class FakeEngine:
             leaving = waiting & passes(score, exits.thresholds[:, stage])
             values[leaving], stages[leaving] = found[leaving], stage
         return values, stages, scores
+
+    def _stall(self) -> None:
+        """An endless loop, once, where it was told to."""
+        if self.parameters.stall_file is None:
+            return
+        try:
+            Path(self.parameters.stall_file).unlink()
+        except FileNotFoundError:
+            return
+        while True:
+            pass
 
     def _corrupt(self, values: Floats) -> None:
         """Roll every so manyth row by one, which puts another label first."""

@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments import app, fastpath
 from fettle.config import ServeConfig
-from tests.fakes import make_fake_family
+from tests.fakes import FakeVariant, make_fake_family
 
 ROOT = Path(__file__).parents[2]
 START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
@@ -63,7 +63,7 @@ def test_every_node_starts_with_the_fast_path(cluster, commands):
 def test_every_node_starts_as_fettle_serve_does(cluster, commands):
     alone = fastpath.environment(Path("scratch"), fast=True, cores=4)
     shared = {name: value for name, value in alone.items() if not name.startswith(OF_ONE_MACHINE)}
-    assert exported(start(cluster, commands)) == shared | {"RAY_AUTH_MODE": "token"}
+    assert exported(start(cluster, commands)) == shared | fastpath.FAST | {"RAY_AUTH_MODE": "token"}
 
 
 def test_only_the_token_opens_the_cluster(cluster):
@@ -136,3 +136,12 @@ def test_the_service_file_finds_its_families_on_the_cluster(cluster, service):
     mounts = [Path(remote) for remote in cluster["file_mounts"]]
     for family in config.families:
         assert any(Path(family.path).is_relative_to(mount) for mount in mounts)
+
+
+def test_a_call_is_stuck_only_long_after_its_time(tmp_path):
+    """Twenty times a full call, or what the configuration says where that is longer; a replica has twice as long."""
+    slow, fast = FakeVariant("slow", ms_per_call=2000.0), FakeVariant("fast", ms_per_call=1.0)
+    family = make_fake_family(tmp_path / "sections", variants=[slow, fast])
+    config = ServeConfig.model_validate({"family": str(family.directory), "replicas": {"stuck_after_s": 7}})
+    assert app.stuck_after_s(family.variant("slow"), config) >= 40.0
+    assert app.stuck_after_s(family.variant("fast"), config) == 7.0

@@ -111,7 +111,8 @@ async def test_a_vote_begins_anew(engines):
     assert found[0].text == right[0].text
 
 
-async def test_a_call_that_no_replica_survives_is_an_error(engines):
+async def test_a_call_that_no_replica_survives_is_an_error(engines, monkeypatch):
+    monkeypatch.setattr("deployments.lane.PAUSES_S", (0.0, 0.01))
     with pytest.raises(UnavailableError, match="5 attempts"):
         await everything(lane(Engines(*engines, lose=lambda call: 0)), work())
 

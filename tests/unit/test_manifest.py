@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fettle.family import dump_manifest
-from fettle.latency import best_rows_per_second, best_tokens_per_call, estimate_ms
+from fettle.latency import best_rows_per_second, best_tokens_per_call, estimate_ms, full_call_ms
 from fettle.manifest import FileRecord, LatencyCell, LatencyTable, Quality, Task, TaskKind, VariantManifest
 from tests.fakes import FakeVariant, classify_task, latency_table, tokenizer_spec
 
@@ -71,6 +71,12 @@ def test_below_the_smallest_cell_its_own_time_stands() -> None:
 
 def test_a_missing_corner_is_extended_from_its_own_batch_size() -> None:
     assert estimate_ms(table({(1, 16): 1.0, (1, 64): 4.0, (8, 16): 6.0}), 8, 64) == pytest.approx(24.0)
+
+
+def test_a_full_call_is_of_the_longest_rows_and_no_quicker_than_the_slowest_measured() -> None:
+    measured = table({(1, 16): 1.0, (1, 32): 2.0, (4, 16): 3.0, (4, 32): 6.0})
+    assert full_call_ms(measured, 8 * 32) == pytest.approx(12.0)
+    assert full_call_ms(measured, 1) == max(cell.p95_ms for cell in measured.cells)
 
 
 def test_the_best_call_is_the_smallest_that_is_nearly_as_fast() -> None:
