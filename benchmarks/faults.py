@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -108,16 +107,18 @@ def cut_host(cluster: Cluster) -> str:
 
 def stall_replica(cluster: Cluster) -> str:
     """The next replica of the original that is asked never returns; every other one goes on."""
+    before = originals(cluster)
     (cluster.directory / "stall").touch()
     wait_for(lambda: not (cluster.directory / "stall").exists(), 30.0, "a replica stalls", every_s=0.02)
+    wait_for(lambda: not before <= originals(cluster), RECOVER_S, "the stalled replica ends")
     return f"one of two replicas of {STALLED}"
 
 
 def freeze_replica(cluster: Cluster) -> str:
     """SIGSTOP: the process is there, and answers nothing, health checks included."""
-    pids = [pid for name in cluster.workers for pid in cluster.replicas(cluster.host(name), f"vectors.{STALLED}")]
-    os.kill(pids[0], signal.SIGSTOP)
-    wait_for(lambda: not psutil.pid_exists(pids[0]), RECOVER_S, "Serve ends the frozen replica")
+    chosen = min(originals(cluster))
+    os.kill(chosen, signal.SIGSTOP)
+    wait_for(lambda: chosen not in originals(cluster), RECOVER_S, "Serve ends the frozen replica")
     return f"one of two replicas of {STALLED}"
 
 
@@ -148,6 +149,11 @@ def kill_head(cluster: Cluster) -> str:
     cluster.head.boot()
     cluster.start_head()
     return f"the head's host, back after {AWAY_S:g} s"
+
+
+def originals(cluster: Cluster) -> set[int]:
+    """Process numbers of the original's replicas."""
+    return {pid for name in cluster.workers for pid in cluster.replicas(cluster.host(name), f"vectors.{STALLED}")}
 
 
 def nodes(cluster: Cluster) -> list[dict[str, Any]]:

@@ -54,7 +54,10 @@ def call(*command: str) -> str:
 
 @dataclass(slots=True, eq=False)
 class Host:
-    """One host of a `Network`; see the module. `directory` holds what is private to it."""
+    """One host of a `Network`; see the module.
+
+    `directory` holds what is private to it; `setup` are shell commands that run in its namespaces before anything else.
+    """
 
     name: str
     address: str
@@ -63,6 +66,7 @@ class Host:
     bridge: str
     directory: Path
     hosts_file: Path
+    setup: Sequence[str] = ()
     _init: subprocess.Popen[bytes] | None = None
     _pid: int = 0
 
@@ -84,7 +88,9 @@ class Host:
             mounts.append(f"mount --bind {own} {place}")
         # Shared memory must be memory.
         mounts[-1] = "mount -t tmpfs -o size=2g tmpfs /dev/shm"
-        script = " && ".join([f"hostname {self.name}", *mounts, f"exec {sys.executable} -m benchmarks.hosts"])
+        script = " && ".join(
+            [f"hostname {self.name}", *mounts, *self.setup, f"exec {sys.executable} -m benchmarks.hosts"]
+        )
         spaces = ["unshare", "--fork", "--pid", "--mount-proc", "--mount", "--uts", "--kill-child=SIGKILL"]
         self._init = subprocess.Popen(
             ["ip", "netns", "exec", self.namespace, *spaces, "sh", "-c", script],
@@ -187,7 +193,7 @@ class Network:
         self.hosts.clear()
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True, check=False)
 
-    def add(self, name: str) -> Host:
+    def add(self, name: str, setup: Sequence[str] = ()) -> Host:
         """A new host, booted."""
         number = len(self.hosts) + 2
         host = Host(
@@ -198,6 +204,7 @@ class Network:
             bridge=self.bridge,
             directory=self.directory / name,
             hosts_file=self.directory / "hosts",
+            setup=setup,
         )
         call("ip", "netns", "add", host.namespace)
         self.hosts[name] = host

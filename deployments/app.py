@@ -250,6 +250,8 @@ def deployment(version: Version, variant: str, settings: ServeConfig, *, kept: b
         # A batch that Ray's handle holds back looks again soon: the pause would be idle time of a replica.
         request_router_config=RequestRouterConfig(initial_backoff_s=0.002, backoff_multiplier=2, max_backoff_s=0.01),
         health_check_period_s=2.0,
+        # A process that is frozen is started again after three of these.
+        health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=20.0,
         max_surge_percent=settings.surge_percent,
     ).bind(*arguments)

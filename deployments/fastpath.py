@@ -28,6 +28,8 @@ FAST = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # A router that dies without a reply costs a retry at another one: asking a model twice changes nothing.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # The kernel answers for a router that is busy; one that does not within a second is cut off.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "1",
 }
 
 # The script that stands for HAProxy's binary.

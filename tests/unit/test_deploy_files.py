@@ -33,6 +33,11 @@ def cluster() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def on_premise() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "deploy" / "cluster-local.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
 def service() -> ServeDeploySchema:
     return ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text()))
 
@@ -103,6 +108,46 @@ def test_every_node_installs_fettle(cluster):
     for commands in [cluster["setup_commands"], *own]:
         assert any("pip install" in command and "/home/ray/fettle" in command for command in commands)
     assert cluster["file_mounts"]["/home/ray/fettle"] == "."
+
+
+def block(name: str) -> dict[str, Any]:
+    """A commented block of cluster.yaml."""
+    lines = (ROOT / "cluster.yaml").read_text().splitlines()
+    return yaml.safe_load("\n".join(line.removeprefix(f"#{name} ") for line in lines if line.startswith(f"#{name} ")))
+
+
+def test_the_cluster_on_google_cloud_passes_rays_schema(cluster):
+    given = block("gcp")
+    groups = cluster["available_node_types"]
+    assert given["node_config"].keys() == groups.keys()
+    made = cluster | {
+        "provider": given["provider"],
+        "available_node_types": {
+            name: group | {"node_config": given["node_config"][name]} for name, group in groups.items()
+        },
+    }
+    validate_config(prepare_config(made))
+
+
+def test_the_cluster_on_ones_own_machines_passes_rays_schema(cluster):
+    kept = {key: value for key, value in cluster.items() if key not in ("head_node_type", "available_node_types")}
+    validate_config(prepare_config(kept | block("local")))
+
+
+def test_the_file_for_machines_without_docker_passes_rays_schema(on_premise):
+    validate_config(prepare_config(on_premise))
+
+
+def test_the_file_for_machines_without_docker_does_what_the_cluster_does(cluster, on_premise):
+    """The same exports and options, but for where the programs are, and that the head keeps replicas away itself."""
+    for commands in START_COMMANDS:
+        there, here = start(cluster, commands), start(on_premise, commands)
+        assert exported(here) == exported(there) | {"PATH": "/opt/fettle/bin:$PATH"}
+        more = {"--num-cpus=0"} if commands.startswith("head") else set()
+        assert set(here.partition("ray start")[2].split()) == set(there.partition("ray start")[2].split()) | more
+    for remote, local in {"/models": "./models", "~/.ray/auth_token": "~/.ray/auth_token", "~/fettle": "."}.items():
+        assert on_premise["file_mounts"][remote] == local
+        assert local in cluster["file_mounts"].values()
 
 
 def built(arguments: dict[str, Any]) -> Application:

@@ -1,0 +1,168 @@
+"""`ray up` as docs/operations.md says it, against hosts with networks, SSH servers and disks of their own.
+
+    pytest -m cluster -s tests/e2e/test_ray_up.py         (root; OpenSSH's server, rsync; five minutes)
+
+The hosts share this machine's Python environment, each with a layer of its own above it, so that the packages are there
+already and pip installs Fettle alone. Everything else is what a user does, in the order of the runbook.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from benchmarks.hosts import Network, wait_for, why_not
+from tests.fakes import FakeVariant, classify_task, make_fake_family, make_point, make_step
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = Path(sys.prefix)
+HOSTS = ("head", "worker1", "worker2")
+UP_S = 600.0
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Whoever brings the cluster up: a home with the token and the key, a copy of the repository, and a shell."""
+
+    home: Path
+    repository: Path
+
+    def run(self, command: str) -> str:
+        """A line of the runbook; printed with what it says."""
+        print(f"\n$ {command}", flush=True)
+        path = f"{ENVIRONMENT / 'bin'}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.repository,
+            env={"HOME": str(self.home), "PATH": path, "TERM": "dumb", "LANG": "C.UTF-8", "RAY_AUTH_MODE": "token"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=UP_S,
+            check=False,
+        )
+        said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+        print(said, flush=True)
+        assert done.returncode == 0, said[-3000:]
+        return said
+
+
+def layered(directory: Path) -> list[str]:
+    """What gives a host a layer of its own above this environment, at /opt/fettle too, a home and families."""
+    upper, work, home, opt, models = (directory / name for name in ("upper", "work", "home", "opt", "models"))
+    for each in (upper, work, home, opt / "fettle", models):
+        each.mkdir(parents=True)
+    Path("/models").mkdir(exist_ok=True)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    return [
+        f"mount -t overlay overlay -o lowerdir={ENVIRONMENT},upperdir={upper},workdir={work} {ENVIRONMENT}",
+        f"mount --bind {opt} /opt",
+        f"mount --bind {ENVIRONMENT} /opt/fettle",
+        f"mount --bind {home} /root",
+        f"mount --bind {models} /models",
+    ]
+
+
+@pytest.fixture
+def operator(tmp_path: Path) -> Iterator[Operator]:
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    for program in ("/usr/sbin/sshd", "rsync", "ssh", "ssh-keygen"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed (openssh-server, openssh-client, rsync)")
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    key = home / ".ssh" / "id_ed25519"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    with Network(tmp_path / "hosts", subnet="10.217.63") as network:
+        for name in HOSTS:
+            host = network.add(name, layered(tmp_path / "disks" / name))
+            host_key = tmp_path / f"{name}.key"
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(host_key)], check=True)
+            options = {"AuthorizedKeysFile": f"{key}.pub", "StrictModes": "no", "PasswordAuthentication": "no"}
+            given = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+            host.run(["/usr/sbin/sshd", "-h", str(host_key), *given])
+        yield Operator(home, repository(tmp_path / "fettle", [network.hosts[name].address for name in HOSTS]))
+
+
+def repository(directory: Path, addresses: list[str]) -> Path:
+    """A copy of the files that git knows, with a family in models/, after the EDITs that the runbook asks for."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if not name.startswith(("tests/", "benchmarks/")):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, directory / name)
+    variants = [FakeVariant("fp32", ms_per_call=8.0), FakeVariant("int8", ms_per_call=4.0)]
+    points = [make_point("within-0.01", 0.01, make_step("int8"))]
+    made = directory / "models" / "sections"
+    make_fake_family(made, name="sections", task=classify_task(), variants=variants, points=points)
+    file = directory / "deploy" / "cluster-local.yaml"
+    text = file.read_text()
+    text = text.replace("10.0.0.10 ", addresses[0] + " ").replace(
+        "[10.0.0.11, 10.0.0.12]", f"[{', '.join(addresses[1:])}]"
+    )
+    file.write_text(text.replace("ssh_user: ubuntu", "ssh_user: root"))
+    assert yaml.safe_load(file.read_text())["provider"]["worker_ips"] == addresses[1:]
+    return directory
+
+
+def test_a_fresh_reader_brings_it_up(operator: Operator):
+    up = "deploy/cluster-local.yaml"
+    operator.run("ray get-auth-token --generate > /dev/null")
+    operator.run(f"ray up --yes {up}")
+
+    def nodes() -> int:
+        return len(re.findall(r"^ 1 node_", operator.run(f"ray exec {up} '/opt/fettle/bin/ray status'"), re.M))
+
+    wait_for(lambda: nodes() == len(HOSTS), 180.0, "the workers have joined", every_s=5.0)
+    operator.run(f"ray exec {up} '/opt/fettle/bin/serve deploy ~/fettle/deploy/serve.yaml'")
+    wait_for(
+        lambda: "RUNNING" in operator.run(f"ray exec {up} '/opt/fettle/bin/serve status' | grep -m1 -A2 fettle"),
+        240.0,
+        "the service runs",
+        every_s=10.0,
+    )
+    tunnel = subprocess.Popen(
+        ["bash", "-c", f"ray attach {up} -p 18000:8000"],
+        cwd=operator.repository,
+        env={"HOME": str(operator.home), "PATH": f"{ENVIRONMENT / 'bin'}:{os.environ['PATH']}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: answers("http://127.0.0.1:18000/ready"), 60.0, "the tunnel is there")
+        body = {"model": "sections", "input": "the quick brown fox"}
+        reply = httpx.post("http://127.0.0.1:18000/classify", json=body, timeout=60)
+        print(json.dumps(reply.json()))
+        assert reply.status_code == 200
+        assert reply.json()["fettle"]["point"] == "within-0.01"
+    finally:
+        tunnel.terminate()
+    operator.run(f"ray down --yes {up}")
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
