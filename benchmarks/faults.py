@@ -17,15 +17,16 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import ledger
+from benchmarks import ledger, one_network
 from benchmarks.cluster import GCS_PORT, HTTP_PORT, Cluster
 from benchmarks.hosts import HostError, Network, wait_for, why_not
 from benchmarks.machine import describe_machine, machine_lines
@@ -123,6 +124,7 @@ def freeze_replica(cluster: Cluster) -> str:
 
 
 def add_host(cluster: Cluster) -> str:
+    """Returns when the head knows it."""
     host = cluster.add_worker()
     return host.name
 
@@ -182,11 +184,6 @@ def all_running(cluster: Cluster) -> bool:
     )
 
 
-def joined(cluster: Cluster) -> bool:
-    newest = cluster.host(cluster.workers[-1]).address
-    return any(node["node_ip"] == newest and _is_alive(node) for node in nodes(cluster))
-
-
 def by_head(cluster: Cluster) -> list[str]:
     return [f"{cluster.head.address}:{HTTP_PORT}"]
 
@@ -201,7 +198,7 @@ FAULTS = {
     "stall": Fault("a replica in an endless loop", stall_replica, all_running, by_head),
     "cut": Fault("a worker cut off for 20 s", cut_host, all_running, by_head),
     "kill": Fault("a worker killed (SIGKILL)", kill_host, all_running, by_head),
-    "add": Fault("a worker added", add_host, joined, by_head),
+    "add": Fault("a worker added", add_host, all_running, by_head),
     "drain": Fault("a worker drained", drain_host, all_running, by_head),
     "freeze": Fault("a replica frozen (SIGSTOP)", freeze_replica, all_running, by_head),
     "head": Fault("the head killed, away 30 s", kill_head, all_running, by_workers),
@@ -223,14 +220,28 @@ def measure(cluster: Cluster, fault: Fault, book: Path, rate: float, late_s: flo
     return {"fault": fault.name, "what": what, "restored_s": round(restored_s, 1), **found}
 
 
-def run(options: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    reports = []
+@contextmanager
+def started(directory: Path, *, apart: bool) -> Iterator[Cluster]:
+    """The cluster with the service on it; `apart`: of hosts with networks of their own."""
+    config = settings(family(directory))
+    if not apart:
+        with one_network.started(directory, config, WORKERS) as nodes:
+            yield cast(Cluster, nodes)
+        return
     with Network(directory / "hosts") as network:
         cluster = Cluster(network, directory)
-        config = settings(family(directory))
         cluster.start(WORKERS)
         cluster.deploy(config)
+        yield cluster
+
+
+def run(options: argparse.Namespace, directory: Path, *, apart: bool) -> list[dict[str, Any]]:
+    reports = []
+    with started(directory, apart=apart) as cluster:
         for name in options.only:
+            if not apart and name not in one_network.FAULTS:
+                reports.append({"fault": FAULTS[name].name, "error": "takes hosts with networks of their own"})
+                continue
             try:
                 reports.append(measure(cluster, FAULTS[name], directory / f"{name}.jsonl", options.rate, options.late))
             except HostError as error:
@@ -273,6 +284,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(FAULTS), help=", ".join(FAULTS))
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second")
     parser.add_argument("--late", type=float, default=1.0, help="seconds above which a request counts as late")
+    parser.add_argument("--one-network", action="store_true", help="Ray's own several nodes, without namespaces")
     parser.add_argument("--directory", type=Path, help="for logs and books, kept; a temporary one without it")
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
     return parser.parse_args(arguments)
@@ -280,15 +292,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    if (reason := why_not()) is not None:
-        sys.exit(f"faults: {reason}")
+    reason = "asked for" if options.one_network else why_not()
+    if reason is not None:
+        print(f"Ray's own nodes on one network instead of hosts of their own: {reason}", file=sys.stderr)
     machine = describe_machine()
     if not options.json:
         print("\n".join(machine_lines(machine)))
     with tempfile.TemporaryDirectory(prefix="fettle-faults-") as scratch:
         directory = options.directory or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        reports = run(options, directory.resolve())
+        reports = run(options, directory.resolve(), apart=reason is None)
     if not options.json:
         Console(width=140).print(table(reports))
     print(json.dumps({"benchmark": "faults", "hardware": machine, "rate": options.rate, "faults": reports}))
