@@ -123,14 +123,15 @@ class Cluster:
         return [process.pid for process in host.processes(f"ray::ServeReplica:fettle:{deployment}")]
 
     def placed(self) -> dict[str, dict[str, int]]:
-        """By host, how many replicas of each deployment run there, as Serve says."""
+        """By host, how many replicas of each deployment run there, whatever its version, as Serve says."""
         found: dict[str, dict[str, int]] = {name: {} for name in self.network.hosts}
         names = {host.address: name for name, host in self.network.hosts.items()}
         for name, deployment in self.details()["applications"]["fettle"]["deployments"].items():
             for replica in deployment["replicas"]:
                 if replica["state"] == "RUNNING" and replica["node_ip"] in names:
                     there = found[names[replica["node_ip"]]]
-                    there[name] = there.get(name, 0) + 1
+                    short = name.partition("@")[0]
+                    there[short] = there.get(short, 0) + 1
         return found
 
     def _ray(self, host: Host, command: list[str], more: Mapping[str, str]) -> None:

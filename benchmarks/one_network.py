@@ -95,7 +95,7 @@ class OneNetwork:
         return [process.pid for process in host.processes(f"ray::ServeReplica:fettle:{deployment}")]
 
     def placed(self) -> dict[str, dict[str, int]]:
-        """By node, how many replicas of each deployment run there, as Serve says."""
+        """By node, how many replicas of each deployment run there, whatever its version, as Serve says."""
         from ray.serve.context import _get_global_client
 
         found: dict[str, dict[str, int]] = {name: {} for name in self.hosts}
@@ -105,7 +105,8 @@ class OneNetwork:
             for replica in deployment["replicas"]:
                 if replica["state"] == "RUNNING" and replica["node_id"] in names:
                     there = found[names[replica["node_id"]]]
-                    there[name] = there.get(name, 0) + 1
+                    short = name.partition("@")[0]
+                    there[short] = there.get(short, 0) + 1
         return found
 
     def stop(self) -> None:

@@ -52,14 +52,6 @@ class ByService(LoadScopeScheduling):
         return path if path.startswith("tests/unit/") else "service"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Clusters of hosts take minutes, and root: only for who asks for them."""
-    if "cluster" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("cluster"):
-                item.add_marker(pytest.mark.skip(reason="a cluster of hosts: pytest -m cluster"))
-
-
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"

@@ -1,6 +1,6 @@
 """`ray up` as docs/operations.md says it, against hosts with networks, SSH servers and disks of their own.
 
-    pytest -m cluster -s tests/e2e/test_ray_up.py         (root; OpenSSH's server, rsync; five minutes)
+    pytest -m long -s tests/e2e/test_ray_up.py         (root; OpenSSH's server, rsync; five minutes)
 
 The hosts share this machine's Python environment, each with a layer of its own above it, so that the packages are there
 already and pip installs Fettle alone. Everything else is what a user does, in the order of the runbook.
@@ -25,7 +25,7 @@ import yaml
 from benchmarks.hosts import Host, HostError, Network, wait_for, why_not
 from tests.fakes import FakeVariant, classify_task, make_fake_family, make_point, make_step
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(sys.prefix)

@@ -1,6 +1,6 @@
 """A cluster of hosts with networks of their own, faults in it under load: no request is lost, or answered twice.
 
-pytest -m cluster tests/faults/test_cluster.py        (root; Redis; a quarter of an hour)
+pytest -m long tests/faults/test_cluster.py        (root; Redis; a quarter of an hour)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks import faults
 from benchmarks.cluster import Cluster
 from benchmarks.hosts import Network, why_not
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 RATE, LATE_S = 10.0, 5.0
 
