@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ from fastapi import Request, Response
 from deployments import border, schemas, shapes
 from deployments.border import Api, BodyReader, Route, reply
 from deployments.conversations import Conversations
-from deployments.router import Asked, Client, Inferred, Router, Tokenized
+from deployments.keyring import Keyring
+from deployments.router import Asked, Inferred, Router, Tokenized
 from deployments.status import Status
 from deployments.text_api import TextEndpoints
 from deployments.text_source import TextSource
@@ -32,11 +32,11 @@ DESCRIPTION = "Measured variants of transformers, in the request shapes of OpenA
 
 def build_api(
     router: Router,
-    clients: Mapping[str, Client] | None = None,
+    keyring: Keyring | None = None,
     text_source: TextSource | None = None,
     proxy_secret: str | None = None,
 ) -> Api:
-    """The ASGI application around a router; `clients` by their API keys, none for a service that is open to all.
+    """The ASGI application around a router; without a keyring it is open to all.
 
     `text_source` generates where a family does so; `proxy_secret`: see `Api`.
 
@@ -54,7 +54,7 @@ def build_api(
     direct = {path: handler for path, handler, _ in routes}
     app = Api(
         direct,
-        clients or {},
+        keyring or Keyring(),
         proxy_secret,
         router.journal,
         title="Fettle",

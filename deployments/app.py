@@ -22,9 +22,10 @@ from deployments.batcher import Batcher
 from deployments.border import Api
 from deployments.exporter import Exporter
 from deployments.fleet import Fleet, deployment_name
+from deployments.keyring import Keyring
 from deployments.lane import Lane, Queued, Replicas
 from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
-from deployments.router import Client, Router
+from deployments.router import Router
 from deployments.router_metrics import RouterMetrics
 from deployments.served import ServedFamily
 from deployments.telemetry import Telemetry
@@ -41,10 +42,10 @@ from fettle.drafting import choose_draft
 from fettle.errors import UsageError
 from fettle.family import Family
 from fettle.latency import TextCosts
-from fettle.limits import KeyLimits
 from fettle.manifest import TaskKind, VariantManifest
 from fettle.scheduling import BatchBounds, Queue
 from fettle.store import sha256_bytes
+from fettle.usage import Usage
 from workers.engine import EngineOptions
 from workers.generator import ALONE_CHUNK
 
@@ -98,9 +99,11 @@ class RouterIngress:
             for version in versions_of(config)
             if version.stable is not None
         }
-        watch = Watch(router, families, telemetry, send, config.monitor.share, trials=trials.values())
+        usage = Usage()
+        watch = Watch(router, families, telemetry, send, config.monitor.share, trials=trials.values(), usage=usage)
+        self._keyring = Keyring.of(config, usage)
         made = Router(families, config.limits, config.classes, telemetry, watch, id=router, trials=trials)
-        self._api = build_api(made, clients_of(config), TextRouter(made), proxy_secret_of(config))
+        self._api = build_api(made, self._keyring, TextRouter(made), proxy_secret_of(config))
         self._followed, self._watch, self._fleet = followed, watch, Fleet()
         self._metrics = RouterMetrics(made, self._fleet, Exporter(), config.replicas.max_replicas)
         if kept and config.replicas.min_replicas:
@@ -112,7 +115,9 @@ class RouterIngress:
     def __serve_build_asgi_app__(self) -> Api:
         following = follow_replicas(self._followed, serve.get_replica_context().app_name, self._fleet)
         loop = asyncio.get_running_loop()
-        self._running = [loop.create_task(run) for run in (following, self._watch.run(), self._metrics.run())]
+        self._running = [
+            loop.create_task(run) for run in (following, self._watch.run(), self._metrics.run(), self._keyring.follow())
+        ]
         return self._api
 
 
@@ -335,21 +340,6 @@ def make_lane(manifest: VariantManifest, replicas: Replicas, config: ServeConfig
         routers=config.routers,
         call_s=CALL_MS / 1000,
     )
-
-
-def clients_of(config: ServeConfig) -> dict[str, Client]:
-    """The holders of API keys; each router enforces its share of their limits."""
-    return {
-        each.key: Client(
-            each.name,
-            each.weight,
-            KeyLimits(
-                None if each.max_concurrent is None else max(1, round(each.max_concurrent / config.routers)),
-                None if each.tokens_per_second is None else each.tokens_per_second / config.routers,
-            ),
-        )
-        for each in config.api_keys
-    }
 
 
 def proxy_secret_of(config: ServeConfig) -> str | None:

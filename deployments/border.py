@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from deployments.haproxy import SECRET_HEADER
 from deployments.journal import Journal, request_id
+from deployments.keyring import Keyring
 from deployments.router import ANYBODY, Asked, Client
 from deployments.schemas import ErrorReply
 from fettle.config import LimitConfig
@@ -233,7 +234,7 @@ class Api(FastAPI):
     def __init__(
         self,
         direct: Mapping[str, Handler],
-        clients: Mapping[str, Client],
+        keyring: Keyring,
         proxy_secret: str | None = None,
         journal: Journal | None = None,
         **settings: Any,
@@ -243,7 +244,7 @@ class Api(FastAPI):
         self._direct = direct
         self.journal = journal or Journal()
         self._proxy_secret = None if proxy_secret is None else proxy_secret.encode()
-        self._clients = {key.encode(): client for key, client in clients.items()}
+        self._keyring = keyring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -267,26 +268,17 @@ class Api(FastAPI):
         """Whose request it is. Raises ForbiddenError, AuthError."""
         if not self._came_through_proxy(scope):
             raise ForbiddenError("this port is the proxy's alone; use the service's own address")
-        client = self._client(scope)
-        if client is None:
-            raise AuthError("a valid API key is needed: `Authorization: Bearer KEY`")
-        return client
+        if self._keyring.is_open or scope["path"] in OPEN_PATHS:
+            return ANYBODY
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, offered = given.partition(b" ")
+        return self._keyring.find(offered if scheme.lower() == b"bearer" else b"")
 
     def _came_through_proxy(self, scope: Scope) -> bool:
         if self._proxy_secret is None:
             return True
         given = next((value for name, value in scope["headers"] if name == PROXY_HEADER), b"")
         return hmac.compare_digest(given, self._proxy_secret)
-
-    def _client(self, scope: Scope) -> Client | None:
-        """Whose key the request carries; None for no valid one."""
-        if not self._clients or scope["path"] in OPEN_PATHS:
-            return ANYBODY
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, offered = given.partition(b" ")
-        # Every key is compared, each in constant time, so that neither content nor position leaks.
-        matches = [client for key, client in self._clients.items() if hmac.compare_digest(offered, key)]
-        return matches[0] if matches and scheme.lower() == b"bearer" else None
 
 
 def client_of(request: Request) -> Client:

@@ -32,6 +32,7 @@ from fettle.family import FAMILY_FILE, parse_manifest
 from fettle.manifest import FamilyManifest, OperatingPoint, VariantEntry
 from fettle.points import fingerprint
 from fettle.quality import Pair, Places, PointState, QualityStore, store_path
+from fettle.usage import Ledger, Used, ledger_path
 
 logger = logging.getLogger("ray.serve")
 
@@ -110,14 +111,18 @@ class Monitor:
         config: MonitorConfig,
         clock: Callable[[], float] = time.time,
         rollouts: Mapping[str, Rollout] | None = None,
+        ledger: Path | None = None,
     ) -> None:
         """`families`: the directory of each, by the name under which it is served; `rollouts` by the new one's name.
 
+        `ledger`: where the use of API keys is kept, if there are any with quotas.
+
         Raises:
             FamilyError: a family cannot be read.
-            QualityError: the evidence about one cannot be kept where it should be.
+            QualityError, UsageError: the evidence about one, or the ledger, cannot be kept where it should be.
         """
         self._families: dict[str, WatchedFamily] = {}
+        self._ledger = None if ledger is None else Ledger(ledger, clock())
         try:
             for name, directory in families.items():
                 self._families[name] = WatchedFamily(name, Path(directory), config)
@@ -136,8 +141,8 @@ class Monitor:
         Raises:
             QualityError: they cannot be written. The router keeps them and comes again.
         """
-        states, orders = await self._run(self._record, report)
-        return MonitorReply(states, self._live(report), orders)
+        states, orders, used = await self._run(self._record, report)
+        return MonitorReply(states, self._live(report), orders, used)
 
     async def rollouts(self) -> list[RolloutView]:
         return await self._run(lambda: [rollout.view() for rollout in self._rollouts.values()])
@@ -155,7 +160,9 @@ class Monitor:
         await asyncio.to_thread(self._thread.shutdown)
         self._close_families()
 
-    def _record(self, report: RouterReport) -> tuple[tuple[PointState, ...], tuple[TrialOrder, ...]]:
+    def _record(
+        self, report: RouterReport
+    ) -> tuple[tuple[PointState, ...], tuple[TrialOrder, ...], Mapping[str, Used]]:
         pairs: dict[str, list[Pair]] = {name: [] for name in self._families}
         places: dict[str, list[Places]] = {name: [] for name in self._families}
         for pair in report.pairs:
@@ -174,7 +181,11 @@ class Monitor:
         for trial in report.trials:
             if trial.name in self._rollouts:
                 self._rollouts[trial.name].take(report.router, trial)
-        return tuple(states), tuple(rollout.order() for rollout in self._rollouts.values())
+        used: Mapping[str, Used] = {}
+        if self._ledger is not None:
+            self._ledger.add(report.router, report.usage)
+            used = self._ledger.used(self._clock())
+        return tuple(states), tuple(rollout.order() for rollout in self._rollouts.values()), used
 
     def _live(self, report: RouterReport) -> dict[str, Any]:
         now = self._clock()
@@ -186,6 +197,8 @@ class Monitor:
         return self._history.view()
 
     def _close_families(self) -> None:
+        if self._ledger is not None:
+            self._ledger.close()
         for family in self._families.values():
             family.close()
 
@@ -207,7 +220,8 @@ class MonitorDeployment:
         def make(old: Version, new: Version) -> Rollout:
             return Rollout(old, new, config.directory, lambda version: start_failure(version, application))
 
-        self._monitor = Monitor(families, config, rollouts=rollouts_of(versions_of(served), make))
+        ledger = None if served.keys_file is None else ledger_path(served.keys_file)
+        self._monitor = Monitor(families, config, rollouts=rollouts_of(versions_of(served), make), ledger=ledger)
         self._served = served
         self._exporter = Exporter()
         self._told = 0.0

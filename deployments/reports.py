@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fettle.quality import Pair, Places, PointState
 from fettle.rollout import Status, Tally
+from fettle.usage import Line, Used
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +37,17 @@ class TrialOrder:
 
 @dataclass(frozen=True, slots=True)
 class RouterReport:
-    """What one router has seen: its pairs and places since its last report, its telemetry in total."""
+    """What one router has seen: its pairs and places since its last report, its telemetry in total.
+
+    `usage`: what it has counted of API keys, where that changed.
+    """
 
     router: str
     pairs: tuple[Pair, ...]
     places: tuple[Places, ...]
     snapshot: dict[str, Any]
     trials: tuple[TrialReport, ...] = ()
+    usage: tuple[Line, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +57,4 @@ class MonitorReply:
     states: tuple[PointState, ...]
     live: dict[str, Any]
     orders: tuple[TrialOrder, ...] = ()
+    used: Mapping[str, Used] = field(default_factory=dict)

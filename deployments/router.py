@@ -26,6 +26,7 @@ from fettle.config import LimitConfig
 from fettle.errors import (
     DeadlineError,
     FettleError,
+    QuotaError,
     RateLimitedError,
     RequestError,
     TooLargeError,
@@ -186,10 +187,15 @@ class Router:
 
         Raises:
             TooLargeError: more inputs than one request may have.
-            RateLimitedError: the key's limits are reached.
+            RateLimitedError, QuotaError: the key's limits are reached.
             OverloadedError, DeadlineError: no point that may answer has room, or time.
         """
         self.check_inputs(inputs)
+        try:
+            asked.client.limits.check_quota()
+        except QuotaError:
+            self.telemetry.refused(asked.family.name, "limited")
+            raise
         wait = asked.client.limits.wait_s(time.monotonic())
         if wait is not None:
             self.telemetry.refused(asked.family.name, "limited")

@@ -12,6 +12,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from typing import TYPE_CHECKING
 import psutil
 
 from deployments import fastpath
+from fettle import keys
 from fettle.config import ServeConfig
 from fettle.errors import UnavailableError, UsageError
 from fettle.family import Family
 from fettle.machine import usable_cores
 from fettle.quality import QualityStore, store_path
+from fettle.usage import Ledger, ledger_path
 
 if TYPE_CHECKING:
     from ray.serve.schema import LoggingConfig
@@ -66,6 +69,7 @@ def running(config: ServeConfig, options: ServerOptions) -> Iterator[str]:
         needed = needs(config)
         check_memory(needed)
         check_evidence(config)
+        check_keys(config)
         with _ray(options, needed):
             _deploy(config, options)
             yield f"http://{options.host}:{options.port}"
@@ -153,6 +157,13 @@ def redeploy(config: ServeConfig, application: str = APPLICATION) -> None:
     details = _get_global_client().get_serve_details()["applications"][application]
     target = RunTarget(build(config), application, details["route_prefix"], _telling())
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def check_keys(config: ServeConfig) -> None:
+    """Raises KeyFileError, UsageError if the API keys cannot be read, or their use not be counted beside them."""
+    if config.keys_file is not None:
+        keys.read(Path(config.keys_file))
+        Ledger(ledger_path(config.keys_file), time.time()).close()
 
 
 def wait_for_signal() -> None:

@@ -142,6 +142,7 @@ class TextRouter:
             yield Comparison(told.texts[prompt], ask, differs)
 
     def _count(self, call: TextCall, way: Way, told: _Told) -> None:
+        call.asked.client.limits.generated(told.tokens)
         if not told.done:
             return
         family, now = call.asked.family, time.monotonic()
@@ -239,7 +240,7 @@ class _Told:
     _first_token: float | None = None
     _finishes: list[str] = field(default_factory=list)
     _given_up: list[str] = field(default_factory=list)
-    _tokens: int = 0
+    tokens: int = 0
     _cached: int = 0
     _votes: dict[int, Votes] = field(default_factory=dict)
     _attempts: list[dict[str, object]] = field(default_factory=list)
@@ -256,7 +257,7 @@ class _Told:
     def gives_up(self, attempt: Sequence[Bit]) -> None:
         """An attempt that is not taken was paid for all the same."""
         tokens = sum(len(bit.tokens) for bit in attempt)
-        self._tokens += tokens
+        self.tokens += tokens
         self._given_up += [self.variant] * len(attempt)
         self._attempts.append(
             {
@@ -273,7 +274,7 @@ class _Told:
         for bit in bits:
             if bit.error is not None:
                 raise bit.error
-            self._tokens += len(bit.tokens)
+            self.tokens += len(bit.tokens)
             self._cached += bit.cached
             if bit.tokens and self._first_token is None:
                 self._first_token = time.monotonic()
@@ -303,12 +304,12 @@ class _Told:
         first_ms, token_ms = None, None
         if self.call.stream and self._first_token is not None:
             first_ms = (self._first_token - self.call.asked.terms.arrived) * 1000
-            if self.call.answers == 1 and self._tokens > 1:
-                token_ms = (time.monotonic() - self._first_token) * 1000 / (self._tokens - 1)
+            if self.call.answers == 1 and self.tokens > 1:
+                token_ms = (time.monotonic() - self._first_token) * 1000 / (self.tokens - 1)
         return Generated(
             self.variant,
             self._finishes,
-            self._tokens,
+            self.tokens,
             self._cached,
             self._given_up,
             first_ms=first_ms,
@@ -333,7 +334,7 @@ class _Told:
         assert self._turn is not None
         self.infer_ms, self.done = (time.monotonic() - self._turn) * 1000, True
         return Spent(
-            self._tokens,
+            self.tokens,
             self._cached,
             self.infer_ms,
             votes=tuple(self._votes[choice] for choice in sorted(self._votes)),

@@ -31,6 +31,7 @@ from fettle.menu import Way
 from fettle.quality import Pair, Places, PointState
 from fettle.rows import Row
 from fettle.scheduling import Priority
+from fettle.usage import Usage
 
 logger = logging.getLogger("ray.serve")
 
@@ -86,6 +87,7 @@ class Watch:
         share: float = 0.0,
         seed: int | None = None,
         trials: Collection[Trialled] = (),
+        usage: Usage | None = None,
     ) -> None:
         self.states: tuple[PointState, ...] = ()
         self.live: dict[str, Any] = {}
@@ -93,6 +95,7 @@ class Watch:
         self._families = families or {}
         self._telemetry = telemetry or Telemetry()
         self._send = send
+        self._usage = usage or Usage()
         self._trials = {trial.report().name: trial for trial in trials}
         self.share = share if send is not None else 0.0
         self._chance = random.Random(seed)
@@ -198,13 +201,15 @@ class Watch:
         # The pairs stay until they are known to have arrived; twice does no harm, since each has a name.
         try:
             trials = tuple(trial.report() for trial in self._trials.values())
-            reply = await self._send(RouterReport(self._router, tuple(pairs), places, self.snapshot(), trials))
+            usage = self._usage.lines()
+            reply = await self._send(RouterReport(self._router, tuple(pairs), places, self.snapshot(), trials, usage))
         except BaseException:
             self._unsee(seen)
             raise
         self._heard = time.monotonic()
         del self._pairs[: len(pairs)]
         self.live = reply.live
+        self._usage.learn(usage, reply.used, time.time())
         for order in reply.orders:
             if order.name in self._trials:
                 self._trials[order.name].obey(order)

@@ -13,7 +13,7 @@ from fettle.manifest import TaskKind
 
 def welcome(url: str, config: ServeConfig) -> list[str]:
     """Lines; the requests are commands for a shell, as they stand but for the key."""
-    key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
+    key = " -H 'Authorization: Bearer KEY'" if config.api_keys or config.keys_file else ""
     lines = [f"serving at {url}  (live page at {url}/, documentation at {url}/docs, Ctrl-C stops)"]
     for name, family in named_families(config).items():
         path, body = example(name, family)

@@ -17,6 +17,7 @@ from fettle import __version__
 from fettle.console import INTERRUPTED, Commands, checked, fail, print_json
 from fettle.family_commands import FamilyArgument, JsonOption
 from fettle.family_commands import commands as family_commands
+from fettle.key_commands import commands as key_commands
 from fettle.load_commands import commands as load_commands
 from fettle.rollout_commands import commands as rollout_commands
 
@@ -36,7 +37,7 @@ app = typer.Typer(
 
 
 app.registered_commands += [*family_commands.registered_commands, *load_commands.registered_commands]
-app.registered_groups += [TyperInfo(rollout_commands, name="rollout")]
+app.registered_groups += [TyperInfo(rollout_commands, name="rollout"), TyperInfo(key_commands, name="keys")]
 
 
 class DemoTask(StrEnum):
@@ -263,6 +264,9 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(help="Clients need one of these for all but /health; at least 8 characters.")
     ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="Clients need one of the keys in this file, which `fettle keys` writes.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray to join; by default one is started.")] = None,
     dashboard: Annotated[bool, typer.Option(help="Run the Ray dashboard.")] = True,
     fast: Annotated[bool, typer.Option(help="Use Serve's fast path: HAProxy and gRPC.")] = True,
@@ -295,6 +299,7 @@ def serve(
         gears={"objective_ms": objective},
         monitor={"share": shadow},
         api_keys=api_key or [],
+        keys_file=None if keys is None else str(keys.resolve()),
     )
     where = ServerOptions(host=host, port=port, address=address, fast=fast, dashboard=dashboard, verbose=verbose)
     typer.echo("starting Ray and the replicas ...", err=True)

@@ -189,10 +189,9 @@ class GearConfig(Settings):
         return self
 
 
-class KeyConfig(Settings):
-    """An API key and what its holder may take. Backlogged keys share the machine by their weights."""
+class KeyTerms(Settings):
+    """What the holder of an API key may take. Backlogged keys share the machine by their weights."""
 
-    key: Annotated[str, StringConstraints(min_length=8)] = Field(repr=False)
     name: Identifier
     weight: float = Field(default=1.0, gt=0)
     max_concurrent: int | None = Field(default=None, ge=1, description="requests at a time")
@@ -231,6 +230,12 @@ class RolloutConfig(Settings):
         if sorted(set(steps)) != steps:
             raise ValueError("steps must grow, such as [0.05, 0.25, 0.5]")
         return steps
+
+
+class KeyConfig(KeyTerms):
+    """An API key in the configuration itself, which is then a secret."""
+
+    key: Annotated[str, StringConstraints(min_length=8)] = Field(repr=False)
 
 
 class FamilyConfig(Settings):
@@ -272,6 +277,9 @@ class ServeConfig(Settings):
         default=300.0, gt=0, description="time for requests under way, such as long texts, when a router is replaced"
     )
     api_keys: list[KeyConfig] = Field(default=[], repr=False)
+    keys_file: str | None = Field(
+        default=None, description="API keys as `fettle keys` writes them, read when it changes"
+    )
     proxy_secret_file: str | None = Field(
         default=None, description="holds the word that HAProxy adds to requests; routers refuse those without it"
     )

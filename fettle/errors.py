@@ -71,6 +71,12 @@ class QualityError(FettleError):
     code = "quality"
 
 
+class KeyFileError(FettleError):
+    """The file of API keys cannot be used."""
+
+    code = "bad_keys"
+
+
 class BusyError(FettleError):
     """Another run holds the directory."""
 
@@ -155,6 +161,13 @@ class RateLimitedError(OverloadedError):
     """A key has more under way, or sends more tokens, than its limits allow."""
 
     code = "rate_limited"
+
+
+class QuotaError(OverloadedError):
+    """What a key may take on a day or in a month is used up."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
 
 
 class DeadlineError(FettleError):

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 # A client that was silent may send so many seconds' worth at once.
 BURST_S = 5.0
+
+
+class Meter(Protocol):
+    """Counts by days and months, for quotas."""
+
+    def count(self, requests: int, tokens: int) -> None: ...
+
+    def check(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -19,6 +28,7 @@ class KeyLimits:
 
     max_concurrent: int | None = None
     tokens_per_second: float | None = None
+    meter: Meter | None = None
     _running: int = 0
     _spent: float = 0.0
     _at: float = 0.0
@@ -32,15 +42,32 @@ class KeyLimits:
         over = self._level(now) - self.tokens_per_second * BURST_S
         return None if over < 0 else max(1, math.ceil(over / self.tokens_per_second))
 
+    def check_quota(self) -> None:
+        """Raises QuotaError if what the key may take on a day or in a month is used up."""
+        if self.meter is not None:
+            self.meter.check()
+
+    def change(self, new: KeyLimits) -> None:
+        """Take over other limits; what runs and was spent stays counted."""
+        self.max_concurrent, self.tokens_per_second, self.meter = new.max_concurrent, new.tokens_per_second, new.meter
+
     def enter(self) -> None:
         self._running += 1
+        if self.meter is not None:
+            self.meter.count(1, 0)
 
     def leave(self) -> None:
         self._running -= 1
 
     def charge(self, tokens: int, now: float) -> None:
         """Count the tokens of a request that entered."""
+        self.generated(tokens)
         self._spent, self._at = self._level(now) + tokens, now
+
+    def generated(self, tokens: int) -> None:
+        """Count tokens that a request was given, for quotas alone: how many there will be is not known before."""
+        if self.meter is not None:
+            self.meter.count(0, tokens)
 
     def _level(self, now: float) -> float:
         """Tokens in the bucket: what was charged, less what has flowed off since."""

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from deployments.api import build_api
 from deployments.batcher import Batcher
+from deployments.keyring import Keyring
 from deployments.lane import Lane
 from deployments.monitor import Monitor
 from deployments.router import Client, Router
@@ -161,4 +162,4 @@ def make_app(
     limits: LimitConfig | None = None,
     text_source: TextSource | None = None,
 ) -> FastAPI:
-    return build_api(make_router(families, limits), clients, text_source)
+    return build_api(make_router(families, limits), Keyring(clients) if clients else None, text_source)

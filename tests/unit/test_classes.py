@@ -13,6 +13,7 @@ import pytest
 import fettle
 from deployments import schemas
 from deployments.api import build_api
+from deployments.keyring import Keyring
 from deployments.router import Client, Router
 from fettle.config import FamilyConfig, LimitConfig
 from fettle.family import Family
@@ -410,7 +411,7 @@ ANN, BEN = "key-of-ann", "key-of-ben"
 
 def keyed(sections: Family, **limits: Any) -> httpx.AsyncClient:
     clients = {ANN: Client("ann", 1.0, KeyLimits(**limits)), BEN: Client("ben")}
-    return client_of(build_api(make_router([sections]), clients))
+    return client_of(build_api(make_router([sections]), Keyring(clients)))
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -429,7 +430,7 @@ async def test_a_key_may_have_so_many_requests_at_a_time(sections):
     clients = {ANN: Client("ann", 1.0, KeyLimits(max_concurrent=2)), BEN: Client("ben")}
     slots = slots_of(router, "sections", "exits")
     slots.gate.clear()
-    async with client_of(build_api(router, clients)) as client:
+    async with client_of(build_api(router, Keyring(clients))) as client:
         running = [asyncio.ensure_future(classify(client, bearer(ANN))) for _ in range(2)]
         async with asyncio.timeout(10):
             while router.families["sections"].batchers["exits"].queue.work_ms() < 2 * len(TEXTS) * 0.5:
