@@ -13,7 +13,7 @@ from deployments.text_writer import extract_of
 from fettle.config import FamilyConfig, GearConfig
 from fettle.errors import FettleError
 from fettle.extract import Extract
-from fettle.family import Family
+from fettle.family import Family, check_files
 from fettle.gearbox import Gearbox
 from fettle.manifest import Task
 from fettle.menu import EXACT, Menu
@@ -67,7 +67,13 @@ class ServedFamily:
     def of(
         cls, settings: FamilyConfig, name: str, family: Family, batchers: Mapping[str, Queued], gears: GearConfig
     ) -> ServedFamily:
-        """A family with the default class that its settings amount to."""
+        """A family with the default class that its settings amount to.
+
+        Raises:
+            IntegrityError, FamilyError: a file of its tokenizer is not what the manifest says.
+        """
+        for problem in check_files(family.directory, family.manifest.tokenizer_files):
+            raise problem
         tokenizer = Tokenizer(family.tokenizer_path, family.manifest.tokenizer)
         return cls(name, family, tokenizer, batchers, default_quality(settings, family), gears)
 

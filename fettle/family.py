@@ -157,10 +157,15 @@ def record_files(directory: Path) -> list[FileRecord]:
 
 
 def check_files(directory: Path, records: Iterable[FileRecord]) -> list[IntegrityError | FamilyError]:
+    """What is wrong with the files: missing, changed, or, by way of a link, elsewhere."""
     problems: list[IntegrityError | FamilyError] = []
+    root = directory.resolve()
     for record in records:
+        path = directory / record.path
         try:
-            check_hash(directory / record.path, record.sha256)
+            if not path.resolve().is_relative_to(root):
+                raise IntegrityError(f"{path}: a link that leaves the directory; put the file itself there")
+            check_hash(path, record.sha256)
         except IntegrityError as error:
             problems.append(error)
     return problems
