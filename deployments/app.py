@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
@@ -25,6 +26,7 @@ from deployments.fleet import Fleet, deployment_name
 from deployments.keyring import Keyring
 from deployments.lane import Lane, Queued, Replicas
 from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
+from deployments.placement import actor_options, has_cpu_nodes, placement_of, replicas_of
 from deployments.router import Router
 from deployments.router_metrics import RouterMetrics
 from deployments.served import ServedFamily
@@ -36,7 +38,7 @@ from deployments.variant import Followed, ReplicaSlots, Variant, await_replicas,
 from deployments.versions import Version, rollout_of, still_asked, versions_of
 from deployments.watch import Watch
 from fettle import __version__, latency, policy
-from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig, TextConfig
+from fettle.config import FamilyConfig, ServeConfig, TextConfig
 from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, row_ms, work_shares
 from fettle.drafting import choose_draft
 from fettle.errors import UsageError
@@ -108,8 +110,12 @@ class RouterIngress:
         self._metrics = RouterMetrics(made, self._fleet, Exporter(), config.replicas.max_replicas)
         if kept and config.replicas.min_replicas:
             # The routers before this one answer until it can. A new version is waited for by its rollout.
-            stable = [handles[version.name] for version in versions_of(config) if version.stable is None]
-            needed = [handle.deployment_name for each in stable for handle in each.values()]
+            needed = [
+                handle.deployment_name
+                for version in versions_of(config)
+                for variant, handle in handles[version.name].items()
+                if version.stable is None and replicas_of(config, version.name, variant).min_replicas
+            ]
             await_replicas(needed, serve.get_replica_context().app_name)
 
     def __serve_build_asgi_app__(self) -> Api:
@@ -130,9 +136,11 @@ def build(args: ServeConfig) -> Application:
     """
     config = absolute(args)
     versions = versions_of(config)
+    nodes = ray.nodes() if config.cpu_nodes is None and ray.is_initialized() else []
+    cpu_nodes = config.cpu_nodes or (config.cpu_nodes is None and has_cpu_nodes(nodes))
     handles = {
         version.name: {
-            variant: deployment(version, variant, config)
+            variant: deployment(version, variant, config, cpu_nodes=cpu_nodes)
             for variant in served_variants(version.settings, version.family)
         }
         for version in versions
@@ -141,7 +149,7 @@ def build(args: ServeConfig) -> Application:
     kept = []
     for version, running in still_asked(config):
         for variant in served_variants(version.settings, version.family):
-            old = deployment(version, variant, running, kept=True)
+            old = deployment(version, variant, running, cpu_nodes=cpu_nodes, kept=True)
             if _name(old) not in named:
                 named.add(_name(old))
                 kept.append(old)
@@ -218,12 +226,16 @@ def served_variants(settings: FamilyConfig, family: Family) -> list[str]:
     return chosen
 
 
-def deployment(version: Version, variant: str, settings: ServeConfig, *, kept: bool = False) -> Application:
+def deployment(
+    version: Version, variant: str, settings: ServeConfig, *, cpu_nodes: bool = False, kept: bool = False
+) -> Application:
     """One variant's deployment, with its share of CPU, GPU and memory and Ray's autoscaling.
 
-    `kept`: for the routers that are being replaced; nothing of it stays when nobody asks any more.
+    `cpu_nodes`: see `placement.actor_options`; `kept`: for the routers that are being replaced, and nothing of it stays
+    when nobody asks any more.
     """
-    config, family = settings.replicas, version.family
+    config, family = replicas_of(settings, version.prefix, variant), version.family
+    place = placement_of(settings, version.prefix, variant)
     manifest = family.variant(variant)
     engine = EngineOptions(device=config.device, threads=config.threads)
     directory, nice = str(family.variant_path(variant).resolve()), niceness(family, variant, config)
@@ -239,10 +251,7 @@ def deployment(version: Version, variant: str, settings: ServeConfig, *, kept: b
         version=code_version(arguments),
         _internal=True,
         max_ongoing_requests=settings.text.slots + settings.text.waiting if generates else config.places,
-        ray_actor_options={
-            "num_cpus": replica_cpus(manifest, config),
-            "num_gpus": replica_gpus(manifest, config),
-        },
+        ray_actor_options=actor_options(manifest, config, place, cpu_nodes=cpu_nodes),
         # With a busy replica always holding its places full, one per replica means: about half busy.
         autoscaling_config=AutoscalingConfig(
             min_replicas=0 if kept else config.min_replicas,
@@ -275,17 +284,6 @@ def draft_of(family: Family, variant: str, config: TextConfig) -> str | None:
             f"text.draft: family {family.name!r} has no variant {config.draft!r}; use one of {known}, or auto"
         )
     return config.draft
-
-
-def replica_cpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
-    return manifest.resources.cpus if config.cpus is None else config.cpus
-
-
-def replica_gpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
-    """On CUDA a whole GPU unless something else was said: Ray hides the GPUs from a replica that asks for none."""
-    if config.gpus is not None:
-        return config.gpus
-    return manifest.resources.gpus or float(config.device == "cuda")
 
 
 def make_slots(handle: DeploymentHandle, config: ServeConfig, stuck_after_s: float) -> ReplicaSlots:

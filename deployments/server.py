@@ -94,7 +94,8 @@ def needs(config: ServeConfig) -> Needs:
 
     Memory for what starts now; CPUs, which only count places there, twice: for another version beside it.
     """
-    from deployments.app import replica_cpus, served_variants
+    from deployments.app import served_variants
+    from deployments.placement import replica_cpus, replicas_of
 
     memory, cpus = RAY_MEMORY_BYTES, config.routers * config.router_cpus
     for settings in config.families:
@@ -102,8 +103,9 @@ def needs(config: ServeConfig) -> Needs:
         for name in served_variants(settings, family):
             manifest = family.variant(name)
             peak = manifest.measured.peak_memory_bytes if manifest.measured else 0
-            memory += peak * config.replicas.min_replicas
-            cpus += replica_cpus(manifest, config.replicas) * config.replicas.max_replicas
+            replicas = replicas_of(config, settings.name or family.name, name)
+            memory += peak * replicas.min_replicas
+            cpus += replica_cpus(manifest, replicas) * replicas.max_replicas
     return Needs(memory, 2 * cpus)
 
 

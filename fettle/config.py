@@ -119,6 +119,26 @@ class ReplicaConfig(Settings):
         return self
 
 
+class PlacementConfig(Settings):
+    """Of one variant: where its replicas run, and what differs from `replicas`. None: as said there."""
+
+    min_replicas: int | None = Field(default=None, ge=0)
+    max_replicas: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    cpus: float | None = Field(default=None, ge=0)
+    gpus: float | None = Field(default=None, ge=0)
+    device: Device | None = None
+    memory_bytes: int | None = Field(default=None, ge=1, description="that Ray keeps free for one replica")
+    accelerator: str | None = Field(default=None, description="as Ray names it, such as L4, A10G, A100-80G or H100")
+    labels: dict[str, str] = Field(default={}, description="of nodes, in Ray's syntax: {zone: a} or {zone: '!in(a,b)'}")
+
+    @model_validator(mode="after")
+    def accelerated(self) -> PlacementConfig:
+        if self.accelerator is not None and self.device == "cpu":
+            raise ValueError("accelerator is for device cuda; leave one of them out")
+        return self
+
+
 class BatchConfig(Settings):
     """Bounds of a batch and of the queue before it."""
 
@@ -189,6 +209,13 @@ class GearConfig(Settings):
         return self
 
 
+class StoreConfig(Settings):
+    """A node's copies of families that are at a URL."""
+
+    cache: str = Field(default="~/.cache/fettle/models", description="a directory on a disk of each node")
+    max_bytes: int = Field(default=200 << 30, ge=1, description="of model files; what no replica uses is evicted")
+
+
 class KeyTerms(Settings):
     """What the holder of an API key may take. Backlogged keys share the machine by their weights."""
 
@@ -241,7 +268,7 @@ class KeyConfig(KeyTerms):
 class FamilyConfig(Settings):
     """One family behind the service."""
 
-    path: str
+    path: str = Field(description="a directory, or a URL that fsspec knows, such as s3://bucket/family")
     name: Identifier | None = None
     variants: list[Identifier] | None = Field(
         default=None, description="variants to serve; the measured frontier and the default one if None"
@@ -260,11 +287,17 @@ class ServeConfig(Settings):
 
     families: list[FamilyConfig] = Field(min_length=1)
     replicas: ReplicaConfig = ReplicaConfig()
+    placement: dict[str, PlacementConfig] = Field(default={}, description="by variant, or family:variant")
+    cpu_nodes: bool | None = Field(
+        default=None,
+        description="CPU variants run on machines without accelerators only; None: if there is one at deployment",
+    )
     batch: BatchConfig = BatchConfig()
     text: TextConfig = TextConfig()
     limits: LimitConfig = LimitConfig()
     gears: GearConfig = GearConfig()
     monitor: MonitorConfig = MonitorConfig()
+    store: StoreConfig = StoreConfig()
     classes: dict[Identifier, Share] = Field(
         default={}, description="names that requests may use for a level of disagreement, such as gold: 0.005"
     )
@@ -305,6 +338,16 @@ class ServeConfig(Settings):
             {"key": item, "name": f"key-{place}"} if isinstance(item, str) else item
             for place, item in enumerate(value, 1)
         ]
+
+    @model_validator(mode="after")
+    def evidence_has_a_place(self) -> ServeConfig:
+        for number, family in enumerate(self.families):
+            if "://" in family.path and self.monitor.directory is None:
+                raise ValueError(
+                    f"monitor.directory is needed, since families.{number}.path is a URL, where no evidence can be "
+                    "written; give a directory that all nodes share"
+                )
+        return self
 
     @model_validator(mode="after")
     def keys_differ(self) -> ServeConfig:
