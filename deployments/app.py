@@ -38,13 +38,14 @@ from deployments.variant import Followed, ReplicaSlots, Variant, await_replicas,
 from deployments.versions import Version, rollout_of, still_asked, versions_of
 from deployments.watch import Watch
 from fettle import __version__, latency, policy
-from fettle.config import FamilyConfig, ServeConfig, TextConfig
+from fettle.config import FamilyConfig, ServeConfig, StoreConfig, TextConfig
 from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, row_ms, work_shares
 from fettle.drafting import choose_draft
 from fettle.errors import UsageError
 from fettle.family import Family
 from fettle.latency import TextCosts
 from fettle.manifest import TaskKind, VariantManifest
+from fettle.model_store import VariantFiles, is_url
 from fettle.scheduling import BatchBounds, Queue
 from fettle.store import sha256_bytes
 from fettle.usage import Usage
@@ -162,10 +163,9 @@ def build(args: ServeConfig) -> Application:
         version=code_version(config, sorted(named)),
         _internal=True,
     )
-    directories = {version.name: version.settings.path for version in versions}
     monitor = MonitorDeployment.options(  # type: ignore[attr-defined]
         version=code_version(config), _internal=True
-    ).bind(directories, config.monitor, config)
+    ).bind(config)
     return router.bind(config, handles, monitor, kept)
 
 
@@ -173,12 +173,15 @@ def absolute(config: ServeConfig) -> ServeConfig:
     """With absolute paths, since Ray's processes have working directories of their own."""
     families = []
     for family in config.families:
-        update: dict[str, object] = {"path": str(Path(family.path).resolve())}
+        update: dict[str, object] = {"path": _absolute(family.path)}
         if family.rollout is not None:
-            path = str(Path(family.rollout.path).resolve())
-            update["rollout"] = family.rollout.model_copy(update={"path": path})
+            update["rollout"] = family.rollout.model_copy(update={"path": _absolute(family.rollout.path)})
         families.append(family.model_copy(update=update))
     return config.model_copy(update={"families": families})
+
+
+def _absolute(path: str) -> str:
+    return path if is_url(path) else str(Path(path).resolve())
 
 
 def code_version(*parts: object) -> str:
@@ -238,14 +241,14 @@ def deployment(
     place = placement_of(settings, version.prefix, variant)
     manifest = family.variant(variant)
     engine = EngineOptions(device=config.device, threads=config.threads)
-    directory, nice = str(family.variant_path(variant).resolve()), niceness(family, variant, config)
+    nice = niceness(family, variant, config)
     generates = manifest.task.kind is TaskKind.GENERATE
     kind: Any = TextVariant if generates else Variant
     draft = draft_of(family, variant, settings.text) if generates else None
-    guesses = None if draft is None else str(family.variant_path(draft).resolve())
+    guesses = None if draft is None else files_of(version, draft, settings.store)
     stuck = STUCK * stuck_after_s(manifest, settings)
-    text = TextOptions(engine, settings.text, str(family.tokenizer_path.resolve()), nice, guesses, stuck)
-    arguments = (directory, *([text] if generates else [engine, nice, stuck]))
+    text = TextOptions(engine, settings.text, nice, guesses, stuck)
+    arguments = (files_of(version, variant, settings.store), *([text] if generates else [engine, nice, stuck]))
     bound: Application = kind.options(
         name=deployment_name(version.name, variant, family.version),
         version=code_version(arguments),
@@ -270,6 +273,12 @@ def deployment(
         max_surge_percent=settings.surge_percent,
     ).bind(*arguments)
     return bound
+
+
+def files_of(version: Version, variant: str, store: StoreConfig) -> VariantFiles:
+    entries = version.family.manifest.variants
+    [found] = [entry.manifest_sha256 for entry in entries if entry.id == variant]
+    return VariantFiles(version.settings.path, variant, found, store)
 
 
 def draft_of(family: Family, variant: str, config: TextConfig) -> str | None:

@@ -213,15 +213,17 @@ class Monitor:
 class MonitorDeployment:
     """The monitor as a Serve deployment, one replica, which Serve starts again when it dies."""
 
-    def __init__(self, families: Mapping[str, str], config: MonitorConfig, served: ServeConfig) -> None:
-        """`served`: what the service was deployed with, for whoever replaces it."""
+    def __init__(self, served: ServeConfig) -> None:
+        """`served`: what the service was deployed with; kept for whoever replaces it."""
+        config, versions = served.monitor, versions_of(served)
         application = serve.get_replica_context().app_name
 
         def make(old: Version, new: Version) -> Rollout:
             return Rollout(old, new, config.directory, lambda version: start_failure(version, application))
 
+        families = {version.name: str(version.family.directory) for version in versions}
         ledger = None if served.keys_file is None else ledger_path(served.keys_file)
-        self._monitor = Monitor(families, config, rollouts=rollouts_of(versions_of(served), make), ledger=ledger)
+        self._monitor = Monitor(families, config, rollouts=rollouts_of(versions, make), ledger=ledger)
         self._served = served
         self._exporter = Exporter()
         self._told = 0.0

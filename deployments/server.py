@@ -25,8 +25,8 @@ from deployments import fastpath
 from fettle import keys
 from fettle.config import ServeConfig
 from fettle.errors import UnavailableError, UsageError
-from fettle.family import Family
 from fettle.machine import usable_cores
+from fettle.model_store import ModelStore
 from fettle.quality import QualityStore, store_path
 from fettle.usage import Ledger, ledger_path
 
@@ -99,7 +99,7 @@ def needs(config: ServeConfig) -> Needs:
 
     memory, cpus = RAY_MEMORY_BYTES, config.routers * config.router_cpus
     for settings in config.families:
-        family = Family.open(settings.path)
+        family = ModelStore(config.store).family(settings.path)
         for name in served_variants(settings, family):
             manifest = family.variant(name)
             peak = manifest.measured.peak_memory_bytes if manifest.measured else 0
@@ -122,7 +122,7 @@ def check_memory(needed: Needs) -> None:
 def check_evidence(config: ServeConfig) -> None:
     """Raises QualityError if the evidence about a family cannot be kept where it should be, before anything starts."""
     for settings in config.families:
-        family = Family.open(settings.path)
+        family = ModelStore(config.store).family(settings.path)
         path = store_path(family.directory, settings.name or family.name, config.monitor.directory)
         QualityStore(path, config.monitor.delta).close()
 

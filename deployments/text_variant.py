@@ -9,7 +9,6 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -29,6 +28,7 @@ from fettle.config import TextConfig
 from fettle.detokenize import Detokenizer
 from fettle.errors import FettleError
 from fettle.manifest import Precision, VariantManifest
+from fettle.model_store import ModelStore, VariantFiles
 from workers.engine import EngineOptions, open_runner
 from workers.generator import Generator
 from workers.speculation import Drafter, DraftModel, PromptLookup, Speculation
@@ -40,13 +40,12 @@ WORD_EVERY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """What a replica needs beside its variant's files; `draft` is the directory of the variant that guesses for it."""
+    """What a replica needs beside its variant's files; `draft` are those of the variant that guesses for it."""
 
     engine: EngineOptions
     text: TextConfig
-    tokenizer: str
     niceness: int = 0
-    draft: str | None = None
+    draft: VariantFiles | None = None
     stuck_after_s: float = math.inf
 
 
@@ -54,10 +53,10 @@ class TextOptions:
 class TextVariant:
     """Owns one loaded variant, whose generator works on a thread of its own."""
 
-    def __init__(self, directory: str, options: TextOptions) -> None:
+    def __init__(self, files: VariantFiles, options: TextOptions) -> None:
         # Of this thread and those that it starts, the engine's among them.
         os.nice(options.niceness)
-        runner = open_runner(Path(directory), options.engine)
+        runner = files.load(lambda directory: open_runner(directory, options.engine))
         runner.warm_up()
         text = options.text
         drafters, cache_bytes = _drafters(runner.manifest, options)
@@ -68,9 +67,10 @@ class TextVariant:
             chunk=text.chunk_tokens,
             speculation=Speculation(drafters) if drafters else None,
         )
-        fast = FastTokenizer.from_file(options.tokenizer)
+        tokenizer = str(ModelStore(files.store).family(files.path).tokenizer_path)
+        fast = FastTokenizer.from_file(tokenizer)
         task = runner.manifest.task
-        rules = TextRules(options.tokenizer, fast, task)
+        rules = TextRules(tokenizer, fast, task)
         self._watchdog = Watchdog(options.stuck_after_s)
         if options.stuck_after_s < math.inf:
             self._watchdog.start()
@@ -118,7 +118,7 @@ def _drafters(manifest: VariantManifest, options: TextOptions) -> tuple[list[Dra
         return [], left
     drafters: list[Drafter] = [PromptLookup()] if text.lookup else []
     if options.draft is not None:
-        runner = open_runner(Path(options.draft), options.engine)
+        runner = options.draft.load(lambda directory: open_runner(directory, options.engine))
         runner.warm_up()
         assert runner.manifest.decoder is not None
         room = left // DRAFT_PART // runner.bytes_per_token

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import grpc
@@ -31,6 +30,7 @@ from deployments.silence import Patience
 from deployments.slots import SlotLostError
 from deployments.watchdog import Watchdog
 from fettle.errors import EngineError
+from fettle.model_store import VariantFiles
 from fettle.rows import Exits, Outputs, Rows
 from workers.engine import EngineOptions, open_engine
 
@@ -50,11 +50,11 @@ class Variant:
     """Owns one loaded variant. The engine works on a thread of its own, so that health checks are always answered."""
 
     def __init__(
-        self, directory: str, options: EngineOptions, niceness: int = 0, stuck_after_s: float = math.inf
+        self, files: VariantFiles, options: EngineOptions, niceness: int = 0, stuck_after_s: float = math.inf
     ) -> None:
         # Of this thread and those that it starts, the engine's among them.
         os.nice(niceness)
-        self.engine = open_engine(Path(directory), options)
+        self.engine = files.load(lambda directory: open_engine(directory, options))
         self.engine.warm_up()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._watchdog = Watchdog(stuck_after_s)

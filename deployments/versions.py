@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from threading import Thread
 from typing import Any
 
 import ray
@@ -22,6 +23,7 @@ from ray.serve.schema import DeploymentStatus
 from fettle.config import FamilyConfig, RolloutConfig, ServeConfig
 from fettle.errors import FettleError, UsageError
 from fettle.family import Family
+from fettle.model_store import ModelStore
 
 logger = logging.getLogger("ray.serve")
 
@@ -49,21 +51,21 @@ def versions_of(config: ServeConfig) -> list[Version]:
     Raises:
         UsageError: two have the same name, or a new version is none.
     """
+    store = ModelStore(config.store)
     found: list[Version] = []
     for settings in config.families:
-        family = Family.open(settings.path)
+        family = store.family(settings.path)
         name = settings.name or family.name
         if any(version.name == name for version in found):
             raise UsageError(f"two families are called {name!r}; give one of them another name")
         found.append(Version(name, settings, family))
         if settings.rollout is not None:
-            found.append(_new_version(name, settings, family))
+            found.append(_new_version(name, settings, family, store.family(settings.rollout.path)))
     return found
 
 
-def _new_version(name: str, settings: FamilyConfig, family: Family) -> Version:
+def _new_version(name: str, settings: FamilyConfig, family: Family, new: Family) -> Version:
     assert settings.rollout is not None
-    new = Family.open(settings.rollout.path)
     if new.version == family.version:
         raise UsageError(f"{settings.rollout.path} holds the version of {name!r} that is served already")
     if new.manifest.task.kind is not family.manifest.task.kind:
@@ -142,14 +144,18 @@ def still_asked(config: ServeConfig) -> list[tuple[Version, ServeConfig]]:
 
 
 def ask_monitor(application: str, method: str, *arguments: object) -> Any:
-    """What a method of an application's monitor returns.
-
-    On a thread with an event loop, which handles of Serve's fast path ask for.
-    """
+    """What a method of an application's monitor returns."""
 
     async def call() -> Any:
         handle = serve.get_deployment_handle(MONITOR, application)
         return await asyncio.wait_for(getattr(handle, method).remote(*arguments), ANSWER_WITHIN_S)
 
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, call()).result()
+    return asyncio.run_coroutine_threadsafe(call(), _loop()).result()
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One that runs as long as the process: handles of Serve's fast path are bound to theirs."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True).start()
+    return loop

@@ -235,7 +235,7 @@ def report(
 
 @app.command()
 def serve(
-    families: Annotated[list[Path], typer.Argument(metavar="FAMILY...", help="One or several families.")],
+    families: Annotated[list[str], typer.Argument(metavar="FAMILY...", help="Directories, or URLs such as s3://.")],
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 opens the service to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     variant: Annotated[
@@ -261,6 +261,9 @@ def serve(
     shadow: Annotated[
         float, typer.Option(min=0, max=1, help="Share of answers that are compared with the original's, later.")
     ] = 0.01,
+    evidence: Annotated[
+        str | None, typer.Option(help="Where the comparisons are kept, if not in the family's directory.")
+    ] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(help="Clients need one of these for all but /health; at least 8 characters.")
     ] = None,
@@ -286,7 +289,7 @@ def serve(
     config = checked(
         ServeConfig,
         families=[
-            {"path": str(path), "variants": variant or None, "default": default, "max_disagreement": level or EXACT}
+            {"path": path, "variants": variant or None, "default": default, "max_disagreement": level or EXACT}
             for path in families
         ],
         replicas={
@@ -297,7 +300,7 @@ def serve(
         },
         batch={"max_queue_s": max_queue},
         gears={"objective_ms": objective},
-        monitor={"share": shadow},
+        monitor={"share": shadow, "directory": evidence},
         api_keys=api_key or [],
         keys_file=None if keys is None else str(keys.resolve()),
     )

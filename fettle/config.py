@@ -342,7 +342,8 @@ class ServeConfig(Settings):
     @model_validator(mode="after")
     def evidence_has_a_place(self) -> ServeConfig:
         for number, family in enumerate(self.families):
-            if "://" in family.path and self.monitor.directory is None:
+            paths = [family.path, *([family.rollout.path] if family.rollout else [])]
+            if self.monitor.directory is None and any("://" in path for path in paths):
                 raise ValueError(
                     f"monitor.directory is needed, since families.{number}.path is a URL, where no evidence can be "
                     "written; give a directory that all nodes share"

@@ -1,9 +1,10 @@
-"""Families at a URL (`s3://`, `gs://`, `https://`, whatever fsspec knows): copied to a node once, verified, kept bounded.
+"""Families at a URL (`s3://`, `gs://`, `https://`, whatever fsspec knows): copied to a node once, verified, bounded.
 
-A node's cache has two parts: `families`, with manifests and tokenizers, which is all that a router reads, and `variants`,
-with the model files of one variant each, named by the hash of its manifest. A copy appears by one rename when it is
-whole; what was broken off goes on where it stopped. Processes of a node wait for each other, so each file comes once. A
-process that uses a variant holds a lock on it, which the kernel drops with the process; what nobody holds may be evicted.
+A node's cache has two parts: `families`, with manifests and tokenizers, which is all that a router reads, and
+`variants`, with the model files of one variant each, named by the hash of its manifest. A copy appears by one rename
+when it is whole; what was broken off goes on where it stopped. Processes of a node wait for each other, so each file
+comes once. A process that uses a variant holds a lock on it, which the kernel drops with the process; what nobody holds
+may be evicted.
 
 A path without `://` is served where it is, and nothing here concerns it. A family at a URL does not change: new points
 or models are a new URL.
@@ -15,10 +16,11 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from fettle.config import StoreConfig
 from fettle.errors import FamilyError, IntegrityError, UsageError
@@ -32,19 +34,49 @@ PIECE_BYTES = 8 << 20
 PARTIAL = "partial"
 # A file whose content is wrong is fetched so many times.
 ATTEMPTS = 2
+# The locks of this process on what it uses.
+HELD: dict[Path, IO[str]] = {}
+
+Loaded = TypeVar("Loaded")
 
 
 def is_url(path: str) -> bool:
     return "://" in path
 
 
+@dataclass(frozen=True, slots=True)
+class VariantFiles:
+    """One variant of a family at a path or a URL; what a replica is told of the files that it is to load."""
+
+    path: str
+    variant: str
+    manifest_sha256: str
+    store: StoreConfig
+
+    def load(self, open_it: Callable[[Path], Loaded]) -> Loaded:
+        """What is made of the files; where a copy of theirs is broken, it is fetched again once.
+
+        Raises:
+            FamilyError, IntegrityError, UsageError: see `ModelStore.variant`, and what `open_it` raises.
+        """
+        store = ModelStore(self.store)
+        directory = store.variant(self.path, self.variant, self.manifest_sha256)
+        try:
+            return open_it(directory)
+        except IntegrityError as error:
+            if not is_url(self.path):
+                raise
+            logger.warning("the copy of %s is broken and is fetched again: %s", self.variant, error)
+            store.discard(directory)
+            return open_it(store.variant(self.path, self.variant, self.manifest_sha256))
+
+
 class ModelStore:
-    """A node's cache. `held` are the locks of this process, kept as long as it lives."""
+    """A node's cache."""
 
     def __init__(self, config: StoreConfig) -> None:
         self._root = Path(config.cache).expanduser()
         self._max_bytes = config.max_bytes
-        self._held: dict[str, IO[str]] = {}
 
     def family(self, path: str) -> Family:
         """Open a family; of one at a URL manifests and tokenizer are fetched first.
@@ -119,11 +151,11 @@ class ModelStore:
             return True
 
     def _hold(self, name: str) -> None:
-        if name not in self._held:
-            file = self._use_file(name).open("a")
+        path = self._use_file(name)
+        if path not in HELD:
+            HELD[path] = file = path.open("a")
             fcntl.flock(file, fcntl.LOCK_SH)
-            os.utime(file.name)
-            self._held[name] = file
+        os.utime(path)
 
     def _use_file(self, name: str) -> Path:
         path = self._root / "locks" / f"{name}.use"
@@ -161,7 +193,7 @@ class Files:
         return content
 
     def fetch(self, record: FileRecord, target: Path) -> None:
-        """Copy a file; what an earlier attempt left is not fetched again. Raises IntegrityError if it is a wrong one."""
+        """Copy a file, but not what an earlier attempt left. Raises IntegrityError if its content is wrong."""
         target.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(ATTEMPTS):
             self._go_on(record, target)
