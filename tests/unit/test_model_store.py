@@ -166,11 +166,11 @@ def test_processes_that_start_together_fetch_once(family: Family, tmp_path: Path
     url = f"http://127.0.0.1:{server.server_address[1]}"
     files = files_of(url, family, "int8", StoreConfig(cache=str(tmp_path / "cache")))
     try:
-        with multiprocessing.get_context("spawn").Pool(3) as pool:
-            names = pool.map(loaded_name, [files] * 3)
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            names = pool.map(loaded_name, [files] * 2)
     finally:
         server.shutdown()
-    assert names == ["int8"] * 3
+    assert names == ["int8"] * 2
     assert sum(path.endswith("weights.bin") for path in asked) == 1
 
 
