@@ -275,7 +275,7 @@ def main() -> None:
         port = free_port()
         with (
             Server(server_spec(config, port, where), LOG) as server,
-            prometheus_of(where / DISCOVERY, where) as prometheus,
+            prometheus_of(where / "ray" / DISCOVERY, where) as prometheus,
         ):
             load = Load(f"http://127.0.0.1:{port}", families, read_texts(TEXTS)[:500], options.seconds, options.clients)
             asyncio.run(load.run(server))

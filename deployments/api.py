@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from fastapi import Request, Response
 
-from deployments import border, schemas, shapes
+from deployments import border, notes, schemas, shapes
 from deployments.border import Api, BodyReader, Route, reply
 from deployments.conversations import Conversations
 from deployments.keyring import Keyring
@@ -20,6 +20,7 @@ from deployments.status import Status
 from deployments.text_api import TextEndpoints
 from deployments.text_source import TextSource
 from deployments.token_api import TokenEndpoints
+from deployments.tracing import Tracer
 from deployments.walk import Visit
 from deployments.wishes import wishes_of
 from fettle import __version__
@@ -35,10 +36,11 @@ def build_api(
     keyring: Keyring | None = None,
     text_source: TextSource | None = None,
     proxy_secret: str | None = None,
+    tracer: Tracer | None = None,
 ) -> Api:
     """The ASGI application around a router; without a keyring it is open to all.
 
-    `text_source` generates where a family does so; `proxy_secret`: see `Api`.
+    `text_source` generates where a family does so; `proxy_secret`: see `Api`; `tracer` traces a share of the requests.
 
     Raises:
         FamilyError, ModelError: a family's chat template is none.
@@ -57,6 +59,7 @@ def build_api(
         keyring or Keyring(),
         proxy_secret,
         router.journal,
+        tracer,
         title="Fettle",
         version=__version__,
         description=DESCRIPTION,
@@ -224,7 +227,7 @@ class Endpoints:
 
     def _ask(self, request: Request, body: schemas.Wished, kind: TaskKind) -> Asked:
         asked = self._router.ask(body.model, kind, wishes_of(request, body), border.client_of(request))
-        return border.remember(request, asked)
+        return notes.remember(request, asked)
 
     async def _answer(
         self, asked: Asked, inputs: Any, *, max_length: int | None = None, truncate: bool = True

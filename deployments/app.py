@@ -33,6 +33,7 @@ from deployments.served import ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.text_router import TextRouter
 from deployments.text_variant import ReplicaStreams, TextOptions, TextVariant
+from deployments.tracing import open_tracer
 from deployments.trial import Trial
 from deployments.variant import Followed, ReplicaSlots, Variant, await_replicas, follow_replicas
 from deployments.versions import Version, rollout_of, still_asked, versions_of
@@ -106,7 +107,8 @@ class RouterIngress:
         watch = Watch(router, families, telemetry, send, config.monitor.share, trials=trials.values(), usage=usage)
         self._keyring = Keyring.of(config, usage)
         made = Router(families, config.limits, config.classes, telemetry, watch, id=router, trials=trials)
-        self._api = build_api(made, self._keyring, TextRouter(made), proxy_secret_of(config))
+        tracer = open_tracer(config.tracing)
+        self._api = build_api(made, self._keyring, TextRouter(made), proxy_secret_of(config), tracer)
         self._followed, self._watch, self._fleet = followed, watch, Fleet()
         self._metrics = RouterMetrics(made, self._fleet, Exporter(), config.replicas.max_replicas)
         if kept and config.replicas.min_replicas:
@@ -136,6 +138,8 @@ def build(args: ServeConfig) -> Application:
         UsageError: a variant that is not there or not measured; two families of one name.
     """
     config = absolute(args)
+    # Here, where the user sees it, and not in every process.
+    open_tracer(config.tracing)
     versions = versions_of(config)
     nodes = ray.nodes() if config.cpu_nodes is None and ray.is_initialized() else []
     cpu_nodes = config.cpu_nodes or (config.cpu_nodes is None and has_cpu_nodes(nodes))
@@ -248,7 +252,8 @@ def deployment(
     guesses = None if draft is None else files_of(version, draft, settings.store)
     stuck = STUCK * stuck_after_s(manifest, settings)
     text = TextOptions(engine, settings.text, nice, guesses, stuck)
-    arguments = (files_of(version, variant, settings.store), *([text] if generates else [engine, nice, stuck]))
+    own = [text] if generates else [engine, nice, stuck]
+    arguments = (files_of(version, variant, settings.store), *own, settings.tracing)
     bound: Application = kind.options(
         name=deployment_name(version.name, variant, family.version),
         version=code_version(arguments),

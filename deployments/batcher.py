@@ -19,7 +19,7 @@ import numpy as np
 from deployments.flights import Flights
 from deployments.histogram import SIZES, size_of
 from deployments.slots import CostModel, Slot, SlotLostError, Slots
-from deployments.tickets import Answered, Leg, Terms, Ticket
+from deployments.tickets import Answered, Leg, Terms, Ticket, traces_of
 from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
 from fettle.points import NEVER as NO_EXIT
 from fettle.points import Gates
@@ -175,6 +175,7 @@ class Batcher:
             row=row,
             future=asyncio.get_running_loop().create_future(),
             gates=leg.gates,
+            trace=leg.trace,
         )
 
     def _withdraw(self, ticket: Ticket) -> None:
@@ -292,7 +293,7 @@ class Batcher:
         taken = time.monotonic()
         rows = Rows.of([ticket.row for ticket in batch])
         try:
-            outputs = await slot.run(rows, self._exits(batch))
+            outputs = await slot.run(rows, self._exits(batch), *traces_of(batch))
         except SlotLostError as error:
             logger.warning("a replica was lost with %d rows: %s", len(batch), error)
             self._flights.land(batch)

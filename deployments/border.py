@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -18,10 +17,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from deployments.haproxy import SECRET_HEADER
-from deployments.journal import Journal, request_id
+from deployments.journal import Journal
 from deployments.keyring import Keyring
-from deployments.router import ANYBODY, Asked, Client
+from deployments.notes import id_of, note_error, note_if_slow, subject, traced
+from deployments.router import ANYBODY, Client
 from deployments.schemas import ErrorReply
+from deployments.tracing import Tracer
 from fettle.config import LimitConfig
 from fettle.errors import (
     AuthError,
@@ -33,7 +34,6 @@ from fettle.errors import (
     SlowBodyError,
     TooLargeError,
 )
-from fettle.manifest import TaskKind
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,10 +46,7 @@ Route = tuple[str, Callable[..., Awaitable[Response]], Any]
 # The page asks for a key itself.
 OPEN_PATHS = frozenset({"/health", "/"})
 CLIENT = "fettle.client"
-ASKED = "fettle.asked"
 PROXY_HEADER = SECRET_HEADER.encode()
-# A request that takes so many times the latency objective is told of; of a text only its wait counts.
-SLOW = 10.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorReply, "description": "the request is not right"},
     401: {"model": ErrorReply, "description": "no valid API key"},
@@ -237,6 +234,7 @@ class Api(FastAPI):
         keyring: Keyring,
         proxy_secret: str | None = None,
         journal: Journal | None = None,
+        tracer: Tracer | None = None,
         **settings: Any,
     ) -> None:
         """`proxy_secret`: what HAProxy adds to requests, where it does; what comes without it is refused."""
@@ -244,6 +242,7 @@ class Api(FastAPI):
         self._direct = direct
         self.journal = journal or Journal()
         self._proxy_secret = None if proxy_secret is None else proxy_secret.encode()
+        self._tracer = tracer
         self._keyring = keyring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -258,11 +257,17 @@ class Api(FastAPI):
             note_error(self.journal, scope, error)
             await error_reply(error)(scope, body, send)
             return
-        if scope["method"] == "POST" and scope["path"] in self._direct:
-            response = await _answered(self._direct[scope["path"]], Request(scope, body), self.journal)
-            await response(scope, body, send)
-        else:
+        if scope["method"] != "POST" or scope["path"] not in self._direct:
             await super().__call__(scope, body, send)
+        elif self._tracer is None:
+            await self._straight(scope, body, send)
+        else:
+            await traced(self._tracer, self._straight, scope, body, send)
+
+    async def _straight(self, scope: Scope, receive: Receive, send: Send) -> Response:
+        response = await _answered(self._direct[scope["path"]], Request(scope, receive), self.journal)
+        await response(scope, receive, send)
+        return response
 
     def _admitted(self, scope: Scope) -> Client:
         """Whose request it is. Raises ForbiddenError, AuthError."""
@@ -287,44 +292,6 @@ def client_of(request: Request) -> Client:
     return client
 
 
-def remember(request: Request, asked: Asked) -> Asked:
-    """What the request asks for, for what may have to be said about it."""
-    request.scope[ASKED] = asked
-    return asked
-
-
-def note_error(journal: Journal, scope: Scope, error: FettleError) -> None:
-    """A line about a request that is answered with an error."""
-    journal.failed(error, id_of(scope), path=scope["path"], **_subject(scope))
-
-
-def id_of(scope: Scope) -> str:
-    """The request's id, which Serve has given to those that came without one, and echoes."""
-    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    return request_id(given.decode("latin-1"))
-
-
-def _subject(scope: Scope) -> dict[str, str]:
-    asked: Asked | None = scope.get(ASKED)
-    if asked is None:
-        return {}
-    return {"family": asked.family.name, "class": asked.quality.asked, "client": asked.client.name}
-
-
-def _note_if_slow(journal: Journal, scope: Scope, response: Response) -> None:
-    """The reply's own headers say who answered and where the time went."""
-    asked: Asked | None = scope.get(ASKED)
-    if asked is None or response.status_code != 200:
-        return
-    took_ms = 1000 * (time.monotonic() - asked.terms.arrived)
-    limit_ms = SLOW * asked.family.gears.objective_ms
-    if took_ms <= limit_ms:
-        return
-    facts = {name[9:].replace("-", "_"): value for name, value in response.headers.items() if name[:9] == "x-fettle-"}
-    if asked.family.task.kind is not TaskKind.GENERATE or float(facts.get("queue_ms", 0.0)) > limit_ms:
-        journal.slow(id_of(scope), path=scope["path"], took_ms=round(took_ms, 1), client=asked.client.name, **facts)
-
-
 async def _answered(handler: Handler, request: Request, journal: Journal) -> Response:
     try:
         response = await handler(request)
@@ -335,7 +302,7 @@ async def _answered(handler: Handler, request: Request, journal: Journal) -> Res
         return await _on_disconnect(request, error)
     except Exception as error:
         return _bug(journal, request, error)
-    _note_if_slow(journal, request.scope, response)
+    note_if_slow(journal, request.scope, response)
     return response
 
 
@@ -371,7 +338,7 @@ async def _on_bug(request: Request, error: Exception) -> Response:
 
 
 def _bug(journal: Journal, request: Request, error: Exception) -> Response:
-    told = {"request_id": id_of(request.scope), **_subject(request.scope)}
+    told = {"request_id": id_of(request.scope), **subject(request.scope)}
     logger.exception("unexpected error in %s %s", request.method, request.url.path, exc_info=error, extra=told)
     journal.count(FettleError.status, "bug")
     return error_reply(FettleError("internal error; the service's log has the details"))

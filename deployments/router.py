@@ -19,6 +19,7 @@ from deployments.journal import Journal
 from deployments.served import Quality, ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.tickets import Terms
+from deployments.tracing import Trace
 from deployments.trial import Trial
 from deployments.walk import Walked, walk
 from deployments.watch import Watch
@@ -69,6 +70,7 @@ class Wishes:
     timeout_s: float | None = None
     explain: bool = False
     session: str | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,7 @@ class Router:
             priority=Priority.BATCH if wishes.priority == "batch" else Priority.INTERACTIVE,
             key=client.name,
             weight=client.weight,
+            trace=wishes.trace,
         )
         quality = self._quality(family, pinned, wishes.max_disagreement)
         asked = Asked(family, quality, terms, client, wishes.allow_degraded, wishes.explain, pinned is None)
@@ -246,6 +249,8 @@ class Router:
             OverloadedError: every point that may answer has a full queue.
             EngineError, UnavailableError: see `Batcher.answer`.
         """
+        if asked.terms.trace is not None:
+            asked.terms.trace.tokenized(tokenized.ms)
         await self.watch.informed()
         with holding(asked.client.limits, tokenized.tokens):
             try:

@@ -13,8 +13,13 @@ class SlotLostError(Exception):
 
 
 class Slot(Protocol):
-    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
-        """Raises SlotLostError if the replica is gone, EngineError if it failed on these rows."""
+    async def run(self, rows: Rows, exits: Exits | None, *traces: str) -> Outputs:
+        """`traces`: the spans of the rows that are traced, for the replica's own.
+
+        Raises:
+            SlotLostError: the replica is gone.
+            EngineError: it failed on these rows.
+        """
         ...
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from fastapi import Request, Response
 
-from deployments import border, text_calls, text_replies, text_schemas, text_shapes
+from deployments import border, notes, text_calls, text_replies, text_schemas, text_shapes
 from deployments.border import BodyReader, Route, Streamed, reply
 from deployments.conversations import Conversations
 from deployments.router import TOKENIZE_INLINE_CHARACTERS, Asked, Router
@@ -113,7 +113,7 @@ class TextEndpoints:
 
     def _ask(self, request: Request, body: text_schemas.GenerateRequest) -> Asked:
         client = border.client_of(request)
-        return border.remember(
+        return notes.remember(
             request, self._router.ask(body.model, TaskKind.GENERATE, wishes_of(request, body), client)
         )
 
@@ -184,7 +184,7 @@ class TextEndpoints:
         except Exception:
             logger.exception("unexpected error in a stream of %s", exchange.call.asked.family.name)
             failure = FettleError("internal error; the service's log has the details")
-        border.note_error(self._router.journal, request.scope, failure)
+        notes.note_error(self._router.journal, request.scope, failure)
         yield event(failure.body()) + DONE
 
 

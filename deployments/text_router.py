@@ -12,7 +12,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from deployments.bounds import holding, is_retried
@@ -46,6 +46,8 @@ class TextRouter:
                 "optimize it with --answer",
                 param="answers",
             )
+        if call.asked.terms.trace is not None:
+            call.asked.terms.trace.tokenized(call.tokenize_ms)
         await self.router.watch.informed()
         with holding(call.asked.client.limits, sum(map(len, call.prompts))):
             begun = False
@@ -103,12 +105,16 @@ class TextRouter:
             assert isinstance(lane, Lane)
             work = work_of(call, stretch.step, last=last, vote=told.vote)
             told.begins(stretch.step.variant, number)
-            async with aclosing(lane.generate(work, call.asked.terms, admitted=number > 0, begun=told.turn)) as attempt:
-                if last:
-                    async for bits in attempt:
-                        yield bits
-                    return
-                whole = merged([bit async for bits in attempt for bit in bits])
+            with told.traced() as parent:
+                if parent is not None:
+                    work = replace(work, trace=parent)
+                attempted = lane.generate(work, call.asked.terms, admitted=number > 0, begun=told.turn)
+                async with aclosing(attempted) as attempt:
+                    if last:
+                        async for bits in attempt:
+                            yield bits
+                        return
+                    whole = merged([bit async for bits in attempt for bit in bits])
             if all(_taken(bit, stretch.step) for bit in whole):
                 yield whole
                 return
@@ -236,6 +242,7 @@ class _Told:
     infer_ms: float = 0.0
     done: bool = False
     _turn: float | None = None
+    _turned: float | None = None
     _first: bool = True
     _first_token: float | None = None
     _finishes: list[str] = field(default_factory=list)
@@ -246,13 +253,29 @@ class _Told:
     _attempts: list[dict[str, object]] = field(default_factory=list)
 
     def begins(self, variant: str, step: int) -> None:
-        self.variant, self.step = variant, step
+        self.variant, self.step, self._turned = variant, step, None
 
     def turn(self) -> None:
         """A replica has it; what comes later, such as another step's queue, counts as inference."""
+        self._turned = time.monotonic()
         if self._turn is None:
-            self._turn = time.monotonic()
+            self._turn = self._turned
             self.queue_ms = max(0.0, (self._turn - self.call.asked.terms.arrived) * 1000)
+
+    @contextmanager
+    def traced(self) -> Iterator[str | None]:
+        """An attempt, from its queue to its end; what its replica's span belongs to, where the call is traced."""
+        trace = self.call.asked.terms.trace
+        if trace is None:
+            yield None
+            return
+        began = time.monotonic()
+        with trace.step(self.variant) as step:
+            try:
+                yield step.parent
+            finally:
+                if self._turned is not None:
+                    step.tell((self._turned - began) * 1000, {"choices": self.call.answers})
 
     def gives_up(self, attempt: Sequence[Bit]) -> None:
         """An attempt that is not taken was paid for all the same."""

@@ -22,9 +22,10 @@ from deployments.text_metrics import tell_generator
 from deployments.text_rules import TextRules
 from deployments.text_work import Bit, TextWork
 from deployments.text_writer import extract_of
+from deployments.tracing import at_replica, open_tracer
 from deployments.variant import losses
 from deployments.watchdog import Watchdog
-from fettle.config import TextConfig
+from fettle.config import TextConfig, TracingConfig
 from fettle.detokenize import Detokenizer
 from fettle.errors import FettleError
 from fettle.manifest import Precision, VariantManifest
@@ -53,7 +54,7 @@ class TextOptions:
 class TextVariant:
     """Owns one loaded variant, whose generator works on a thread of its own."""
 
-    def __init__(self, files: VariantFiles, options: TextOptions) -> None:
+    def __init__(self, files: VariantFiles, options: TextOptions, tracing: TracingConfig | None = None) -> None:
         # Of this thread and those that it starts, the engine's among them.
         os.nice(options.niceness)
         runner = files.load(lambda directory: open_runner(directory, options.engine))
@@ -77,6 +78,7 @@ class TextVariant:
         self.engine = TextEngine(generator, Detokenizer(fast), rules, extract_of(task), self._watchdog.watching)
         self._started = False
         self._name = runner.manifest.id
+        self._tracer = open_tracer(tracing or TracingConfig())
         # What was allocated so far lives as long as the replica: collecting it again and again is wasted time.
         gc.collect()
         gc.freeze()
@@ -90,12 +92,15 @@ class TextVariant:
             self._started = True
             self.engine.start()
             self._telling = asyncio.get_running_loop().create_task(self._tell())
-        try:
-            async with aclosing(told_regularly(self.engine.generate(work), WORD_EVERY_S)) as told:
-                async for bits in told:
-                    yield bits or []
-        except FettleError as error:
-            yield [Bit(number, error=error) for number in work.answers]
+        facts = {"prompt_tokens": sum(map(len, work.prompts)), "choices": len(work.numbers)}
+        with at_replica(self._tracer, [work.trace] if work.trace else [], facts) as found:
+            try:
+                async with aclosing(told_regularly(self.engine.generate(work), WORD_EVERY_S)) as told:
+                    async for bits in told:
+                        yield bits or []
+            except FettleError as error:
+                found["error"] = error.message
+                yield [Bit(number, error=error) for number in work.answers]
 
     async def _tell(self) -> None:
         """Metrics, once a second."""

@@ -22,6 +22,7 @@ class TextWork:
         vote: the confidence of a vote among the choices of each prompt, 0 for the lossless kind; None for no vote.
         only: of all choices those that are still wanted; None for all.
         given: by choice, what another replica has generated and told already.
+        trace: the span that the replica's own belongs to, if the call is traced.
     """
 
     id: str
@@ -43,6 +44,7 @@ class TextWork:
     priority: int = 0
     only: tuple[int, ...] | None = None
     given: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    trace: str | None = None
 
     @property
     def numbers(self) -> Sequence[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,9 @@ from numpy.typing import NDArray
 from fettle.points import Gates
 from fettle.rows import Row
 from fettle.scheduling import NEVER, Entry, Priority
+
+if TYPE_CHECKING:
+    from deployments.tracing import Trace
 
 # A row lost this often may be the one that kills replicas.
 SUSPECT_FROM = 3
@@ -25,6 +30,7 @@ class Terms:
     priority: Priority = Priority.INTERACTIVE
     key: str = ""
     weight: float = 1.0
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +38,14 @@ class Leg:
     """One step of that way: where rows may leave early, and the share of a whole run's cost that they take on average.
 
     `reserve_s` is what the steps after it are expected to take; `admitted` rows are not asked again whether they fit.
+    `trace` is the span that the replica's own belongs to, if the request is traced.
     """
 
     gates: Gates | None = None
     share: float = 1.0
     reserve_s: float = 0.0
     admitted: bool = False
+    trace: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,13 @@ class Ticket(Entry):
     gates: Gates | None = None
     losses: int = 0
     alone: bool = False
+    trace: str | None = None
 
     @property
     def suspect(self) -> bool:
         return self.losses >= SUSPECT_FROM
+
+
+def traces_of(batch: Iterable[Ticket]) -> tuple[str, ...]:
+    """The spans of those rows that are traced, each once."""
+    return tuple({ticket.trace: None for ticket in batch if ticket.trace is not None})

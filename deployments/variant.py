@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -28,7 +28,9 @@ from ray.serve.schema import ReplicaState
 from deployments.fleet import Fleet
 from deployments.silence import Patience
 from deployments.slots import SlotLostError
+from deployments.tracing import at_replica, open_tracer
 from deployments.watchdog import Watchdog
+from fettle.config import TracingConfig
 from fettle.errors import EngineError
 from fettle.model_store import VariantFiles
 from fettle.rows import Exits, Outputs, Rows
@@ -50,7 +52,12 @@ class Variant:
     """Owns one loaded variant. The engine works on a thread of its own, so that health checks are always answered."""
 
     def __init__(
-        self, files: VariantFiles, options: EngineOptions, niceness: int = 0, stuck_after_s: float = math.inf
+        self,
+        files: VariantFiles,
+        options: EngineOptions,
+        niceness: int = 0,
+        stuck_after_s: float = math.inf,
+        tracing: TracingConfig | None = None,
     ) -> None:
         # Of this thread and those that it starts, the engine's among them.
         os.nice(niceness)
@@ -60,6 +67,7 @@ class Variant:
         self._watchdog = Watchdog(stuck_after_s)
         if stuck_after_s < math.inf:
             self._watchdog.start()
+        self._tracer = open_tracer(tracing or TracingConfig())
         # What was allocated so far lives as long as the replica: collecting it again and again is wasted time.
         gc.collect()
         gc.freeze()
@@ -71,6 +79,7 @@ class Variant:
         type_ids: NDArray[np.int8] | None,
         thresholds: Floats | None = None,
         temperatures: Floats | None = None,
+        traces: Sequence[str] = (),
     ) -> Reply:
         """What the engine makes of a batch, rows and exits in their parts, or what it said was wrong with it.
 
@@ -78,10 +87,13 @@ class Variant:
         """
         rows = Rows(ids, lengths, type_ids)
         exits = None if thresholds is None or temperatures is None else Exits(thresholds, temperatures)
-        try:
-            outputs = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, rows, exits)
-        except EngineError as error:
-            return error.message
+        with at_replica(self._tracer, traces, {"batch_rows": len(lengths), "tokens": rows.tokens}) as found:
+            try:
+                outputs = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, rows, exits)
+            except EngineError as error:
+                found["error"] = error.message
+                return error.message
+            found["infer_ms"] = outputs.infer_ms
         return outputs.values, outputs.infer_ms, outputs.stages, outputs.scores
 
     def _run(self, rows: Rows, exits: Exits | None) -> Outputs:
@@ -157,10 +169,11 @@ class ReplicaSlot:
     patience: Patience
     given_up: asyncio.Future[Reply] | None = None
 
-    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
+    async def run(self, rows: Rows, exits: Exits | None, *traces: str) -> Outputs:
         gates = () if exits is None else (exits.thresholds, exits.temperatures)
+        more = {"traces": traces} if traces else {}
         with losses():
-            response = self.handle.run.remote(rows.ids, rows.lengths, rows.type_ids, *gates)
+            response = self.handle.run.remote(rows.ids, rows.lengths, rows.type_ids, *gates, **more)
             call = asyncio.ensure_future(_awaited(response))
             if not await self.patience.wait(call):
                 self.given_up = call

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,13 +69,23 @@ async def walk(family: ServedFamily, way: Way, rows: Sequence[Row], terms: Terms
         leg = Leg(stretch.gates, stretch.share, _reserve_s(family, way, number, terms), admitted=number > 0)
         batcher = family.batchers[stretch.step.variant]
         assert isinstance(batcher, Batcher)
-        answers = await batcher.answer([rows[index] for index in left], terms, leg)
+        answers = await _answers(batcher, [rows[index] for index in left], terms, leg, stretch.step.variant)
         walked.queue_ms += max(answer.queue_ms for answer in answers)
         walked.infer_ms += max(answer.infer_ms for answer in answers)
         left = _take(family, walked, stretch.step, left, answers, last=number == len(way.stretches) - 1)
         if not left:
             break
     return walked
+
+
+async def _answers(batcher: Batcher, rows: list[Row], terms: Terms, leg: Leg, variant: str) -> list[Answered]:
+    if terms.trace is None:
+        return await batcher.answer(rows, terms, leg)
+    with terms.trace.step(variant) as traced:
+        answers = await batcher.answer(rows, terms, replace(leg, trace=traced.parent))
+        queue_ms = max(answer.queue_ms for answer in answers)
+        traced.tell(queue_ms, {"rows": len(answers), "batch_rows": answers[0].batch_rows})
+        return answers
 
 
 def _take(

@@ -7,6 +7,7 @@ import math
 from fastapi import Request
 
 from deployments import schemas
+from deployments.notes import TRACE
 from deployments.router import LONGEST_TIMEOUT_S, Wishes
 from fettle.errors import RequestError
 
@@ -20,6 +21,7 @@ def wishes_of(request: Request, body: schemas.Wished) -> Wishes:
         timeout_s=_timeout_s(request),
         explain=isinstance(body, schemas.Explained) and body.explain,
         session=request.headers.get("x-session-id"),
+        trace=request.scope.get(TRACE),
     )
 
 

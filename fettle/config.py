@@ -216,6 +216,15 @@ class StoreConfig(Settings):
     max_bytes: int = Field(default=200 << 30, ge=1, description="of model files; what no replica uses is evicted")
 
 
+class TracingConfig(Settings):
+    """OpenTelemetry traces; none where there is no endpoint."""
+
+    endpoint: str | None = Field(
+        default=None, description="where spans go, by OTLP over HTTP: http://127.0.0.1:4318/v1/traces"
+    )
+    share: Share = Field(default=0.01, description="of the requests that come without a trace of their own")
+
+
 class KeyTerms(Settings):
     """What the holder of an API key may take. Backlogged keys share the machine by their weights."""
 
@@ -298,6 +307,7 @@ class ServeConfig(Settings):
     gears: GearConfig = GearConfig()
     monitor: MonitorConfig = MonitorConfig()
     store: StoreConfig = StoreConfig()
+    tracing: TracingConfig = TracingConfig()
     classes: dict[Identifier, Share] = Field(
         default={}, description="names that requests may use for a level of disagreement, such as gold: 0.005"
     )

@@ -56,7 +56,7 @@ class EngineSlots:
         async with self.free:
             yield self
 
-    async def run(self, rows: Rows, exits: Exits | None) -> Outputs:
+    async def run(self, rows: Rows, exits: Exits | None, *traces: str) -> Outputs:
         self.batches.append(len(rows))
         # Others get a turn, as they do while a real replica works.
         await asyncio.sleep(0)

@@ -8,7 +8,7 @@ import logging
 import pytest
 from ray._common.formatters import JSONFormatter
 
-from deployments import border
+from deployments import notes
 from deployments.journal import LONGEST_ID, MOST_LINES, Journal, request_id
 from deployments.router import Client
 from fettle.config import GearConfig
@@ -99,7 +99,7 @@ async def test_a_slow_request_says_who_answered_and_where_the_time_went(tmp_path
     app = make_app([family])
     assert (await ask(app)).status_code == 200
     assert not lines(caplog)
-    monkeypatch.setattr(border, "SLOW", 1e-9)
+    monkeypatch.setattr(notes, "SLOW", 1e-9)
     await ask(app, **{"x-request-id": "slow-1"})
     [line] = lines(caplog)
     assert (line["kind"], line["request_id"], line["family"], line["variant"]) == ("slow", "slow-1", "fake", "fake")

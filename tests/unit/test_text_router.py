@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from deployments.lane import Lane
 from deployments.reports import MonitorReply, RouterReport
@@ -21,6 +23,7 @@ from deployments.text_engine import TextEngine
 from deployments.text_router import TextRouter
 from deployments.text_source import EarlyStop, Piece, TextCall
 from deployments.text_writer import extract_of
+from deployments.tracing import Tracer
 from deployments.watch import Watch
 from fettle.config import LimitConfig
 from fettle.errors import EngineError, RequestError
@@ -262,3 +265,30 @@ async def test_requests_are_counted_by_point_and_variant(served):
         await served.text(served.call(f"prompt {number}", 0.05, stream=True))
     counts = served.source.router.telemetry.snapshot([served.family.gauges()])["families"]["lm"]
     assert counts["counters"]["points"] == {"loose": 3}
+
+
+async def test_each_attempt_is_a_step_of_the_trace(served):
+    spans = InMemorySpanExporter()
+    tracer = Tracer(SimpleSpanProcessor(spans))
+    attempts: dict[int, list[str]] = {}
+    for number in range(12):
+        trace = tracer.begin("POST /v1/completions", None)
+        assert trace is not None
+        call = served.call(f"prompt {number}", 0.01)
+        terms = replace(call.asked.terms, trace=trace)
+        pieces = await served.pieces(replace(call, asked=replace(call.asked, terms=terms)))
+        trace.end(200)
+        assert pieces[-1].spent is not None
+        tried = [attempt["variant"] for attempt in pieces[-1].spent.explained["attempts"]]
+        attempts[trace.span.context.trace_id] = [*tried, pieces[0].answering.variants[-1]]
+    assert {len(variants) for variants in attempts.values()} == {1, 2}
+    done = spans.get_finished_spans()
+    roots = {span.context.span_id: span.context.trace_id for span in done if span.parent is None}
+    for id, variants in attempts.items():
+        own = [span for span in done if span.context.trace_id == id]
+        steps = [span for span in own if span.name == "step"]
+        assert [step.attributes["variant"] for step in steps] == variants
+        assert all(roots[step.parent.span_id] == id for step in steps)
+        assert [span.parent.span_id for span in own if span.name == "inference"] == [
+            step.context.span_id for step in steps
+        ]

@@ -1,0 +1,85 @@
+"""What is said of a request, in the log and in its trace: its id, who asked for what, what its reply told.
+
+The application remembers in the ASGI scope what it has understood of a request; here it is read again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from deployments.journal import Journal, request_id
+from deployments.router import Asked
+from deployments.tracing import Tracer
+from fettle.errors import FettleError
+from fettle.manifest import TaskKind
+
+TRACE = "fettle.trace"
+ASKED = "fettle.asked"
+# A request that takes so many times the latency objective is told of; of a text only its wait counts.
+SLOW = 10.0
+
+Handling = Callable[[Scope, Receive, Send], Awaitable[Response]]
+
+
+def remember(request: Request, asked: Asked) -> Asked:
+    """What the request asks for, for what may have to be said about it."""
+    request.scope[ASKED] = asked
+    return asked
+
+
+def note_error(journal: Journal, scope: Scope, error: FettleError) -> None:
+    """A line about a request that is answered with an error."""
+    journal.failed(error, id_of(scope), path=scope["path"], **subject(scope))
+
+
+def id_of(scope: Scope) -> str:
+    """The request's id, which Serve has given to those that came without one, and echoes."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return request_id(given.decode("latin-1"))
+
+
+def subject(scope: Scope) -> dict[str, str]:
+    asked: Asked | None = scope.get(ASKED)
+    if asked is None:
+        return {}
+    return {"family": asked.family.name, "class": asked.quality.asked, "client": asked.client.name}
+
+
+def note_if_slow(journal: Journal, scope: Scope, response: Response) -> None:
+    """The reply's own headers say who answered and where the time went."""
+    asked: Asked | None = scope.get(ASKED)
+    if asked is None or response.status_code != 200:
+        return
+    took_ms = 1000 * (time.monotonic() - asked.terms.arrived)
+    limit_ms = SLOW * asked.family.gears.objective_ms
+    if took_ms <= limit_ms:
+        return
+    facts = told(response)
+    if asked.family.task.kind is not TaskKind.GENERATE or float(facts.get("queue_ms", 0.0)) > limit_ms:
+        journal.slow(id_of(scope), path=scope["path"], took_ms=round(took_ms, 1), client=asked.client.name, **facts)
+
+
+def told(response: Response) -> dict[str, str]:
+    """What the reply's own headers say."""
+    return {name[9:].replace("-", "_"): value for name, value in response.headers.items() if name[:9] == "x-fettle-"}
+
+
+async def traced(tracer: Tracer, handle: Handling, scope: Scope, receive: Receive, send: Send) -> None:
+    """Handle a request, as a span from here to the end of its reply if it is sampled."""
+    parent = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
+    trace = scope[TRACE] = tracer.begin(f"POST {scope['path']}", parent)
+    if trace is None:
+        await handle(scope, receive, send)
+        return
+    # What stays, if the client leaves.
+    status = 499
+    try:
+        response = await handle(scope, receive, send)
+        status = response.status_code
+        trace.say({"request_id": id_of(scope), **subject(scope), **told(response)})
+    finally:
+        trace.end(status)
