@@ -219,7 +219,9 @@ class MonitorDeployment:
         application = serve.get_replica_context().app_name
 
         def make(old: Version, new: Version) -> Rollout:
-            return Rollout(old, new, config.directory, lambda version: start_failure(version, application))
+            return Rollout(
+                old, new, config.directory, lambda version: start_failure(version, application), served.routers
+            )
 
         families = {version.name: str(version.family.directory) for version in versions}
         ledger = None if served.keys_file is None else ledger_path(served.keys_file)

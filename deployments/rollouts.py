@@ -61,16 +61,18 @@ class Rollout:
         new: Version,
         directory: str | None,
         failure: Callable[[Version], str | None] = lambda _: None,
+        routers: int = 1,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`directory`: `monitor.directory`; `failure`: what Ray says of replicas of a version that do not start.
+        """`directory`: `monitor.directory`; `failure`: what Ray says of replicas of a version that do not start;
+        `routers`: how many have to be ready before it begins.
 
         Raises:
             QualityError: the file cannot be read or written.
         """
         assert old.settings.rollout is not None
         self.old, self.new, self.config = old, new, old.settings.rollout
-        self._failure, self._clock = failure, clock
+        self._failure, self._routers, self._clock = failure, routers, clock
         self._path = store_path(old.family.directory, old.name, directory).with_suffix(".rollout.json")
         self._same_reference = old.family.manifest.source.sha256 == new.family.manifest.source.sha256
         self._ready: dict[str, tuple[float, bool]] = {}
@@ -98,7 +100,7 @@ class Rollout:
             self.config,
             same_reference=self._same_reference,
             compares=self._compares,
-            ready=all(ready for _, ready in self._ready.values()),
+            ready=len(self._ready) >= self._routers and all(ready for _, ready in self._ready.values()),
             failure=failure,
         )
         self._keep(Record(id=self._record.id, position=position, tallies=tallies))
