@@ -10,9 +10,11 @@ import typer
 
 from fettle.console import INTERRUPTED, print_json
 from fettle.errors import FettleError, UsageError
+from fettle.family_commands import FamilyArgument, JsonOption
 
 if TYPE_CHECKING:
     from fettle.bench.load import LoadPlan
+    from fettle.family import Family
 
 commands = typer.Typer()
 
@@ -127,6 +129,77 @@ def bench(
         raise typer.Exit(INTERRUPTED)
     if not found["statuses"].get("200"):
         raise FettleError("not one request was answered with 200")
+
+
+@commands.command()
+def plan(
+    directory: FamilyArgument,
+    rate: Annotated[float, typer.Option(help="Requests a second, of one text each.")],
+    latency: Annotated[float, typer.Option(help="Milliseconds that a request may take, at --percentile.")],
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Classes by share: exact=0.2,0.01=0.8; may be repeated.  [default: 0.01]", show_default=False
+        ),
+    ] = None,
+    percentile: Annotated[float, typer.Option(min=50, max=99.99, help="Of each class.")] = 99.0,
+    texts: Annotated[Path | None, typer.Option(help="A sample; by default all texts have the usual length.")] = None,
+    cores_per_node: Annotated[int, typer.Option(min=1, help="That Ray may use.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=0)] = 0,
+    price_per_node_hour: Annotated[float | None, typer.Option(min=0, help="In any currency.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of one replica; as the family was measured.")] = 1,
+    pace: Annotated[
+        float, typer.Option(help="How many times as long as where it was measured everything takes on the nodes.")
+    ] = 1.0,
+    requests: Annotated[int, typer.Option(min=100, help="That each simulation is about.")] = 8000,
+    seed: Annotated[int, typer.Option(help="Of arrivals, and of where rows leave.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what it takes to bear a load: points, replicas, nodes, latency, cost, and what the original alone would take.
+
+    The router's own policy runs on simulated replicas that take as long as the family's measured tables say.
+
+    Example: `fettle plan ./family --rate 5000 --latency 100 --mix exact=0.1,0.01=0.9 --price-per-node-hour 0.4`
+    """
+    from rich.console import Console
+
+    from fettle.family import Family
+    from fettle.plan.cell import ServingCosts
+    from fettle.plan.show import print_plan
+    from fettle.plan.sizing import Node, Objective
+    from fettle.plan.study import Wanted, study
+
+    for name, value in (("--rate", rate), ("--latency", latency), ("--pace", pace)):
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{name} {value:g} must be above 0")
+    family = Family.open(directory)
+    wanted = Wanted(
+        rate=rate,
+        objective=Objective(latency, percentile),
+        node=Node(cores_per_node, gpus_per_node, price_per_node_hour),
+        lengths=_lengths(family, texts),
+        threads=threads,
+        pace=pace,
+        seed=seed,
+        requests=requests,
+        costs=ServingCosts().at_pace(pace),
+    )
+    found = study(family, mix or ["0.01"], wanted)
+    if as_json:
+        print_json(found)
+    else:
+        print_plan(found, Console())
+
+
+def _lengths(family: Family, texts: Path | None) -> list[int]:
+    """Tokens of rows: of these texts, or the usual number for all."""
+    if texts is None:
+        measured = [variant.measured for variant in family.variants.values() if variant.measured is not None]
+        return [measured[0].typical_length] if measured else [1]
+    from fettle.bench.texts import read_texts
+    from fettle.tokenizer import Tokenizer
+
+    return [len(row) for row in Tokenizer(family.tokenizer_path, family.manifest.tokenizer).encode(read_texts(texts))]
 
 
 def _bounds(text: str, option: str) -> tuple[int, int]:

@@ -1,0 +1,380 @@
+"""`fettle plan` beside measured runs: throughput at a latency objective, and p99, in several configurations.
+
+    python -m benchmarks.plan_check build/sections-standard --groups two,one,wide [--save FILE]
+
+A group is one service: replicas of each variant and their threads. Before its loads, what things cost on this machine
+at this moment is measured: each engine alone in as many processes as there are cores, and of the serving path the
+processor time of a request, a batch and an idle second, with one pinned variant. Then each configuration of the group
+meets the same open loop by `fettle bench` and in simulation: five steady rates one after the other. The throughput at
+the objective is where p99 crosses it; p99 is compared at the second rate. The client's own time is simulated too, since
+it shares the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import service
+from benchmarks.machine import describe_machine, machine_lines
+from benchmarks.meter import busy_seconds
+from benchmarks.processes import Server
+from deployments.fastpath import free_port
+from fettle.bench.arrivals import Profile, scaled
+from fettle.bench.crew import measure
+from fettle.bench.load import TEXTS, LoadPlan, schedule
+from fettle.bench.samples import Samples
+from fettle.bench.texts import read_texts, shuffled
+from fettle.bench.traffic import Flow, mix_of
+from fettle.config import ServeConfig
+from fettle.family import Family
+from fettle.latency import estimate_ms
+from fettle.plan.cell import Cell, ServingCosts, Setup
+from fettle.plan.sizing import percentile
+from fettle.plan.workload import mixed
+from fettle.rows import Rows
+from fettle.tokenizer import Tokenizer
+
+LOG = Path("build/benchmark-logs/plan-check.log")
+PINNED = "onnx-int8"
+RATES = (0.45, 0.6, 0.75, 0.9, 1.05)
+COMPARED = 1
+OBJECTIVE_MS = 250.0
+RATE_WITHIN, P99_WITHIN = 0.15, 0.25
+# By group: replicas of each variant, threads of one, and the mixes that it meets.
+GROUPS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "two": (2, 1, (PINNED, "0.01", "0.05", "exact=0.1,0.01=0.9")),
+    "one": (1, 1, ("0.02", PINNED)),
+    "wide": (1, 2, (PINNED, "0.01")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was measured before the loads. `paces` by variant: over its table; `client_ms` a request."""
+
+    paces: dict[str, float]
+    costs: ServingCosts
+    client_ms: float
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["engine"]:
+        print(json.dumps(engine_ms(Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))))
+        return
+    options = parse(sys.argv[1:])
+    machine = describe_machine()
+    if not options.json:
+        print("\n".join(machine_lines(machine)))
+    family = Family.open(options.family)
+    rows = [row for group in options.groups for row in run_group(group, family, machine["cores"], options)]
+    if not options.json:
+        print_table(rows)
+    missed = [row for row in rows if not row["rate_kept"] or not row["p99_kept"]]
+    found = {"benchmark": "plan_check", "hardware": machine, "rows": rows, "missed": len(missed)}
+    if options.save is not None:
+        options.save.write_text(json.dumps(found))
+    print(json.dumps(found))
+    sys.exit(1 if missed else 0)
+
+
+def run_group(group: str, family: Family, cores: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    replicas, threads, mixes = GROUPS[group]
+    texts = shuffled(read_texts(options.texts), options.seed)
+    encoded = Tokenizer(family.tokenizer_path, family.manifest.tokenizer).encode(texts)
+    lengths = [len(row) for row in encoded]
+    served = [family.manifest.reference, *(s.variant for point in family.manifest.points for s in point.steps)]
+    say(f"{group}: engines")
+    paces = {name: pace_of(family, name, threads, cores, lengths) for name in dict.fromkeys(served)}
+    with tempfile.TemporaryDirectory() as scratch:
+        config = service.config(options.family, replicas, Path(scratch), objective_ms=OBJECTIVE_MS, share=0.0)
+        config = config.model_copy(update={"replicas": config.replicas.model_copy(update={"threads": threads})})
+        spec = service.spec(config, free_port(), "/classify", family.name)
+        plan = LoadPlan(spec.url, family.name, texts=options.texts, kind="classify", seed=options.seed, check=0)
+        measured = []
+        with Server(spec, LOG) as server:
+            say(f"{group}: serving costs")
+            found = calibrated(server, plan, family, paces, lengths)
+            say(json.dumps(asdict(found)))
+            setups = {mix: setup_of(family, mix, config, replicas, lengths, found, cores) for mix in mixes}
+            for mix, setup in setups.items():
+                rate = fluid_rate(setup, cores)
+                say(f"{group}: {mix}, up to {RATES[-1] * rate:.0f} requests/s")
+                measured.append(measured_load(server, plan, setup, mix, rate, options.seconds, cores))
+    rows = []
+    for (mix, setup), (load, samples, others) in zip(setups.items(), measured, strict=True):
+        row = compared(setup, load, samples, options.seconds)
+        rows.append({"group": group, "replicas": replicas, "threads": threads, "mix": mix, "others": others, **row})
+    return [{**row, "calibration": asdict(found)} for row in rows]
+
+
+# What things cost here and now
+
+
+def pace_of(family: Family, name: str, threads: int, cores: int, lengths: Sequence[int]) -> float:
+    """The engine's time over its table's, with as many at a time as there are cores for."""
+    rows, length = 4, round(float(np.mean(lengths)))
+    copies = max(1, cores // threads)
+    command = [sys.executable, "-m", "benchmarks.plan_check", "engine", str(family.variant_path(name)), str(threads)]
+    clients = [
+        subprocess.Popen([*command, json.dumps([length] * rows)], stdout=subprocess.PIPE, text=True)
+        for _ in range(copies)
+    ]
+    took = [json.loads(client.communicate()[0]) for client in clients]
+    measured = family.variant(name).measured
+    assert measured is not None
+    return float(np.mean(took)) / estimate_ms(measured.latency, rows, length)
+
+
+def engine_ms(directory: Path, threads: int, lengths: Sequence[int], seconds: float = 1.0) -> float:
+    """Mean time of a call of rows of these lengths, in this process."""
+    from workers.engine import EngineOptions, open_engine
+
+    engine = open_engine(directory, EngineOptions(threads=threads))
+    engine.warm_up()
+    counts = np.array(lengths, np.int32)
+    rows = Rows(np.full(int(counts.sum()), 2000, np.int32), counts, None)
+    engine.run(rows)
+    begun, calls = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        engine.run(rows)
+        calls += 1
+    return 1000 * (time.perf_counter() - begun) / calls
+
+
+def calibrated(
+    server: Server, plan: LoadPlan, family: Family, paces: Mapping[str, float], lengths: Sequence[int]
+) -> Calibration:
+    """Processor time by process: idle, with one client, and with many that share batches; all with a pinned variant."""
+    pinned = replace(plan, model=f"{family.name}:{PINNED}", seconds=4.0, warm_up=1.0)
+    measure(replace(pinned, connections=16, seconds=3.0))
+    before = by_process(server)
+    time.sleep(3.0)
+    idle = {part: (spent - before[part]) / 3.0 for part, spent in by_process(server).items()}
+    one, many = (one_load(server, replace(pinned, connections=count), idle) for count in (1, 32))
+    # Router time a request: a + b x batches a request.
+    batch = max(0.0, (one["router"] - many["router"]) / max(1e-6, one["batches"] - many["batches"]))
+    request = max(0.1, one["router"] - batch * one["batches"])
+    measured = family.variant(PINNED).measured
+    assert measured is not None
+    engine = paces[PINNED] * float(np.mean([estimate_ms(measured.latency, 1, length) for length in lengths]))
+    replica = max(0.0, one["replicas"] / one["batches"] - engine)
+    proxy = many["proxy"]
+    wire = (one["mean_ms"] - engine - replica - batch - request - proxy - many["client"]) / 2
+    costs = ServingCosts(
+        proxy=proxy,
+        intake=0.6 * request,
+        reply=0.4 * request,
+        batch=batch,
+        replica=replica,
+        wire=max(0.0, wire),
+        background=sum(idle.values()),
+    )
+    return Calibration(dict(paces), costs, many["client"])
+
+
+def one_load(server: Server, plan: LoadPlan, idle: Mapping[str, float]) -> dict[str, float]:
+    """Of a closed loop, ms a request by part, idle time taken off; and batches a request."""
+    seen: list[tuple[dict[str, float], tuple[int, int]]] = []
+    found = measure(plan, on_window=lambda _: seen.append((by_process(server), batches_of(plan.url))))
+    (opened, (rows, batches)), (closed, (rows_then, batches_then)) = seen
+    count = max(1, rows_then - rows)
+    parts = {part: max(0.0, closed[part] - opened[part] - idle[part] * found.window_s) for part in closed}
+    client = sum(each["client_cpu_s"] for each in found.clients)
+    inside = found.inside
+    return {
+        **{part: 1000 * spent / count for part, spent in parts.items()},
+        "client": 1000 * client / len(inside),
+        "batches": (batches_then - batches) / count,
+        "mean_ms": float(inside.ms[inside.good].mean()),
+    }
+
+
+def by_process(server: Server) -> dict[str, float]:
+    """Processor seconds of the router, of HAProxy, of the replicas, and of all the rest of the server."""
+    found = {
+        "router": seconds_of(server.processes("ray::ServeReplica:fettle:RouterIngress")),
+        "replicas": seconds_of(server.processes("ray::ServeReplica:fettle:")),
+        "proxy": sum(seconds_of([each]) for each in server.processes("") if "haproxy" in name_of(each)),
+    }
+    found["replicas"] -= found["router"]
+    return {**found, "rest": server.cpu_seconds() - sum(found.values())}
+
+
+def seconds_of(processes: Sequence[psutil.Process]) -> float:
+    spent = 0.0
+    for process in processes:
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        spent += times.user + times.system
+    return spent
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
+
+
+def batches_of(url: str) -> tuple[int, int]:
+    """Rows and batches of the pinned variant so far."""
+    with urllib.request.urlopen(f"{url.removesuffix('/classify')}/info", timeout=30) as reply:
+        variants = json.load(reply)["families"][0]["variants"]
+    mine = next(variant for variant in variants if variant["id"] == PINNED)
+    return mine["rows"], mine["batches"]
+
+
+# A configuration, measured and simulated
+
+
+def setup_of(
+    family: Family,
+    mix: str,
+    config: ServeConfig,
+    replicas: int,
+    lengths: Sequence[int],
+    found: Calibration,
+    cores: int,
+) -> Setup:
+    counts = dict.fromkeys(found.paces, replicas)
+    return Setup(
+        family, mixed(mix_of(mix)), counts, lengths, config, found.costs, float(cores), found.paces, found.client_ms
+    )
+
+
+def fluid_rate(setup: Setup, cores: int) -> float:
+    """Requests a second that the cores have time for, in the gear that a class rests in, with batches of four."""
+    probe = Cell(setup).run(((number / 20.0, number % len(setup.asked), number) for number in range(10**6)), 20.0)
+    spent = sum(value for value in probe.busy.values()) / 20.0
+    return 0.95 * (cores - setup.costs.background) / spent
+
+
+def steps(rate: float, seconds: float) -> Profile:
+    """The five rates, one after the other."""
+    return tuple(
+        (second, share * rate)
+        for number, share in enumerate(RATES)
+        for second in (number * seconds, (number + 1) * seconds)
+    )
+
+
+def measured_load(
+    server: Server, plan: LoadPlan, setup: Setup, mix: str, rate: float, seconds: float, cores: int
+) -> tuple[LoadPlan, Samples, float]:
+    flows = [asked_flow(flow, rate, seconds, each.share) for flow, each in zip(mix_of(mix), setup.asked, strict=True)]
+    model = f"{plan.model}:{mix}" if setup.asked[0].variant else plan.model
+    load = replace(plan, model=model, flows=tuple(flows), seconds=len(RATES) * seconds, warm_up=0.0, drain=10.0)
+    server_s, machine_s = server.cpu_seconds(), busy_seconds()
+    found = measure(load)
+    spent = busy_seconds() - machine_s - (server.cpu_seconds() - server_s)
+    spent -= sum(client["client_cpu_s"] for client in found.clients)
+    return load, found.inside, round(max(0.0, spent) / cores / found.window_s, 3)
+
+
+def asked_flow(flow: Flow, rate: float, seconds: float, share: float) -> Flow:
+    wish = flow.max_disagreement if isinstance(flow.max_disagreement, float) or flow.tag == "exact" else None
+    return Flow(flow.tag, profile=scaled(steps(rate, seconds), share), max_disagreement=wish)
+
+
+def compared(setup: Setup, load: LoadPlan, samples: Samples, seconds: float) -> dict[str, Any]:
+    """The same arrivals in simulation."""
+    coming = schedule(load, len(setup.lengths))
+    simulated = Cell(setup).run(coming, len(RATES) * seconds)
+    rates = [point[1] for flow in load.flows[:1] for point in flow.profile[::2]]
+    total = sum(each.share for each in setup.asked)
+    rates = [rate / setup.asked[0].share * total for rate in rates]
+    refused = {"measured": float((~samples.good).mean()), "predicted": simulated.refused}
+    real = by_step(samples.due, np.where(samples.good, samples.ms, math.inf), seconds)
+    made = by_step(simulated.came, np.nan_to_num(simulated.ms, nan=math.inf), seconds)
+    held = {"measured": crossing(rates, real), "predicted": crossing(rates, made)}
+    p99 = {"measured": real[COMPARED][1], "predicted": made[COMPARED][1]}
+    p50 = {"measured": real[COMPARED][0], "predicted": made[COMPARED][0]}
+    return {
+        "rates": [round(rate, 1) for rate in rates],
+        "p50_ms": p50,
+        "p99_ms": p99,
+        "p99_by_rate": {"measured": [row[1] for row in real], "predicted": [row[1] for row in made]},
+        "rate_at_objective": held,
+        "refused": refused,
+        "rate_kept": abs(held["predicted"] / held["measured"] - 1) <= RATE_WITHIN,
+        "p99_kept": abs(p99["predicted"] / p99["measured"] - 1) <= P99_WITHIN,
+    }
+
+
+def by_step(came: np.ndarray, ms: np.ndarray, seconds: float) -> list[tuple[float, float]]:
+    """p50 and p99 of what came at each rate; its first fifth, in which queues change, left out."""
+    found = []
+    for number in range(len(RATES)):
+        begin = (number + 0.2) * seconds
+        mine = ms[(came >= begin) & (came < (number + 1) * seconds)]
+        found.append((round(percentile(mine, 50), 2), round(percentile(mine, 99), 2)))
+    return found
+
+
+def crossing(rates: Sequence[float], found: Sequence[tuple[float, float]]) -> float:
+    """The rate at which p99 crosses the objective, between rates by its logarithm; the last rate if it never does."""
+    before = None
+    for rate, (_, p99) in zip(rates, found, strict=True):
+        if p99 > OBJECTIVE_MS:
+            if before is None:
+                return rate
+            low, high = math.log(before[1]), math.log(min(p99, 1e4))
+            return before[0] + (rate - before[0]) * (math.log(OBJECTIVE_MS) - low) / (high - low)
+        before = (rate, p99)
+    return rates[-1]
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    made = Table("configuration", "requests/s at p99 of 250 ms", "", "p99 ms at", "", "", "others")
+    made.add_row("", "measured", "predicted", "requests/s", "measured", "predicted", "")
+    for row in rows:
+        held, p99 = row["rate_at_objective"], row["p99_ms"]
+        name = f"{row['mix']}, {row['replicas']} x {row['threads']}"
+        made.add_row(
+            name,
+            f"{held['measured']:.0f}",
+            f"{held['predicted']:.0f} ({held['predicted'] / held['measured'] - 1:+.0%})",
+            f"{row['rates'][COMPARED]:.0f}",
+            f"{p99['measured']:.1f}",
+            f"{p99['predicted']:.1f} ({p99['predicted'] / p99['measured'] - 1:+.0%})",
+            f"{row['others']:.0%}",
+        )
+    Console(width=120).print(made)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_check")
+    parser.add_argument("family", type=Path)
+    parser.add_argument("--groups", type=lambda text: text.split(","), default=list(GROUPS), help="of two, one, wide")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each of the five rates")
+    parser.add_argument("--texts", type=Path, default=TEXTS)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    return parser.parse_args(arguments)
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
