@@ -15,7 +15,7 @@ import ray
 from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from deployments.api import build_api
@@ -23,12 +23,14 @@ from deployments.batcher import Batcher
 from deployments.border import Api
 from deployments.exporter import Exporter
 from deployments.fleet import Fleet, deployment_name
+from deployments.followers import autoscaling_stats, demands_of, followers
 from deployments.keyring import Keyring
 from deployments.lane import Lane, Queued, Replicas
 from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
-from deployments.placement import actor_options, has_cpu_nodes, placement_of, replicas_of
+from deployments.placement import actor_options, has_cpu_nodes, placement_of, replica_bytes, replicas_of
 from deployments.router import Router
 from deployments.router_metrics import RouterMetrics
+from deployments.scaling import ROUTER, scaling_config
 from deployments.served import ServedFamily
 from deployments.telemetry import Telemetry
 from deployments.text_router import TextRouter
@@ -58,6 +60,9 @@ INGRESS_CONCURRENCY = 10_000
 # How many times its full time a call may take before it counts as lost; a replica's engine, twice that.
 SLOW = 20
 STUCK = 2
+ROUTER_REQUESTS = 64.0
+# What only replaced routers asked goes so long after they did.
+KEPT_S = 30.0
 
 
 @serve.deployment
@@ -90,6 +95,7 @@ class RouterIngress:
                     batchers[variant] = make_batcher(manifest, slots, config, shares[variant])
                     followed[handle.deployment_name] = slots
             families[name] = served = ServedFamily.of(version.settings, name, family, batchers, config.gears)
+            served.sleeps = any(not replicas_of(config, version.prefix, each).min_replicas for each in batchers)
             for batcher in batchers.values():
                 batcher.calm = served.is_calm
 
@@ -109,8 +115,10 @@ class RouterIngress:
         made = Router(families, config.limits, config.classes, telemetry, watch, id=router, trials=trials)
         tracer = open_tracer(config.tracing)
         self._api = build_api(made, self._keyring, TextRouter(made), proxy_secret_of(config), tracer)
-        self._followed, self._watch, self._fleet = followed, watch, Fleet()
+        self._fleet = Fleet()
         self._metrics = RouterMetrics(made, self._fleet, Exporter(), config.replicas.max_replicas)
+        self._watch, self._demands = watch, demands_of(handles, families)
+        self._followed = followers(followed, self._demands)
         if kept and config.replicas.min_replicas:
             # The routers before this one answer until it can. A new version is waited for by its rollout.
             needed = [
@@ -128,6 +136,10 @@ class RouterIngress:
             loop.create_task(run) for run in (following, self._watch.run(), self._metrics.run(), self._keyring.follow())
         ]
         return self._api
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `deployments.scaling` decides by; Serve asks once a second."""
+        return autoscaling_stats(self._demands)
 
 
 def build(args: ServeConfig) -> Application:
@@ -159,7 +171,11 @@ def build(args: ServeConfig) -> Application:
                 named.add(_name(old))
                 kept.append(old)
     router = RouterIngress.options(  # type: ignore[attr-defined]
-        num_replicas=config.routers,
+        name=ROUTER,
+        # A call is a request here; Ray's own policy, should it decide, would aim at this many at a time.
+        autoscaling_config=scaling_config(
+            config.routers, config.max_routers or config.routers, config.autoscale, fallback=ROUTER_REQUESTS
+        ),
         max_ongoing_requests=INGRESS_CONCURRENCY,
         ray_actor_options={"num_cpus": config.router_cpus},
         max_surge_percent=100,
@@ -246,7 +262,7 @@ def deployment(
     manifest = family.variant(variant)
     engine = EngineOptions(device=config.device, threads=config.threads)
     nice = niceness(family, variant, config)
-    generates = manifest.task.kind is TaskKind.GENERATE
+    generates, needed_bytes = manifest.task.kind is TaskKind.GENERATE, replica_bytes(manifest, settings)
     kind: Any = TextVariant if generates else Variant
     draft = draft_of(family, variant, settings.text) if generates else None
     guesses = None if draft is None else files_of(version, draft, settings.store)
@@ -259,15 +275,12 @@ def deployment(
         version=code_version(arguments),
         _internal=True,
         max_ongoing_requests=settings.text.slots + settings.text.waiting if generates else config.places,
-        ray_actor_options=actor_options(manifest, config, place, cpu_nodes=cpu_nodes),
-        # With a busy replica always holding its places full, one per replica means: about half busy.
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=0 if kept else config.min_replicas,
-            max_replicas=config.max_replicas,
-            target_ongoing_requests=1.0,
-            upscale_delay_s=2.0,
-            downscale_delay_s=60.0,
-            look_back_period_s=15.0,
+        ray_actor_options=actor_options(manifest, config, place, cpu_nodes=cpu_nodes, needed_bytes=needed_bytes),
+        autoscaling_config=scaling_config(
+            0 if kept else config.min_replicas,
+            config.max_replicas,
+            settings.autoscale.model_copy(update={"zero_delay_s": KEPT_S}) if kept else settings.autoscale,
+            needed_bytes,
         ),
         # A batch that Ray's handle holds back looks again soon: the pause would be idle time of a replica.
         request_router_config=RequestRouterConfig(initial_backoff_s=0.002, backoff_multiplier=2, max_backoff_s=0.01),

@@ -290,7 +290,7 @@ class Batcher:
             self._fail(ticket, DeadlineError("its turn came too late to be answered before its deadline"))
 
     async def _run(self, slot: Slot, batch: list[Ticket]) -> None:
-        taken = time.monotonic()
+        taken, awake = time.monotonic(), self.is_ready
         rows = Rows.of([ticket.row for ticket in batch])
         try:
             outputs = await slot.run(rows, self._exits(batch), *traces_of(batch))
@@ -303,7 +303,7 @@ class Batcher:
             self._refuse(batch, error)
         else:
             self._flights.land(batch)
-            self._observe(batch, rows, outputs, taken)
+            self._observe(batch, rows, outputs, taken, awake)
             for index, ticket in enumerate(batch):
                 self._leave(ticket)
                 if not ticket.future.done():
@@ -326,7 +326,7 @@ class Batcher:
             temperatures=np.stack([temperatures for _, temperatures in gates]),
         )
 
-    def _observe(self, batch: list[Ticket], rows: Rows, outputs: Outputs, taken: float) -> None:
+    def _observe(self, batch: list[Ticket], rows: Rows, outputs: Outputs, taken: float, awake: bool) -> None:
         began, self._last_done = max(taken, self._last_done), time.monotonic()
         self.stats.rows += len(batch)
         self.stats.batches += 1
@@ -334,8 +334,9 @@ class Batcher:
         self.stats.row_tokens += rows.tokens
         self.stats.batch_tokens += rows.longest * len(batch)
         self.stats.infer_ms += outputs.infer_ms
-        # What the monitor runs, mostly while nothing else does, says little about a batch among others.
-        if batch[0].priority is Priority.INTERACTIVE:
+        # What the monitor runs, mostly while nothing else does, says little about a batch among others, and what
+        # waited for a start nothing.
+        if awake and batch[0].priority is Priority.INTERACTIVE:
             predicted = sum(ticket.cost_ms for ticket in batch)
             self._pace = corrected_pace(self._pace, predicted, self._own_ms(taken, began))
 

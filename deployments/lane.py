@@ -143,22 +143,19 @@ class Lane:
         try:
             await self._wait(turn, terms)
             begun()
-            started, tokens = time.monotonic(), 0
+            started, tokens, awake = time.monotonic(), 0, self.is_ready
             async with aclosing(self._whole(work, terms)) as whole:
                 async for bits in whole:
                     tokens += sum(len(bit.tokens) for bit in bits)
                     yield bits
-            self._observe(turn, work, tokens, time.monotonic() - started)
+            self._observe(turn, work, tokens, time.monotonic() - started, awake)
         finally:
             self._leave(turn)
 
     def _turn(self, work: TextWork, terms: Terms) -> Turn:
-        choices = len(work.numbers)
-        tokens = sum(min(self._expected, limit) for limit in work.max_tokens) * work.choices
-        prompts = sum(self.costs.prompt_ms(len(ids)) for ids in work.prompts)
         return Turn(
             length=1,
-            cost_ms=max(1e-3, prompts + tokens * self.costs.token_ms),
+            cost_ms=self.predicted_ms(work),
             arrived=terms.arrived,
             due=min(terms.deadline, terms.arrived + self.max_queue_s),
             # The queue would drop who is late in silence; `_wait` tells them.
@@ -166,8 +163,14 @@ class Lane:
             key=terms.key,
             weight=terms.weight,
             priority=terms.priority,
-            size=min(choices, self.places),
+            size=min(len(work.numbers), self.places),
         )
+
+    def predicted_ms(self, work: TextWork) -> float:
+        """What the work takes of one replica whose slots are full, before the pace corrects it."""
+        tokens = sum(min(self._expected, limit) for limit in work.max_tokens) * work.choices
+        prompts = sum(self.costs.prompt_ms(len(ids)) for ids in work.prompts)
+        return max(1e-3, prompts + tokens * self.costs.token_ms)
 
     def _check_time(self, work: TextWork, terms: Terms) -> None:
         longest = max(len(ids) for ids in work.prompts)
@@ -240,7 +243,7 @@ class Lane:
     def _limit_s(self, terms: Terms) -> float:
         return self.max_queue_s if terms.priority is Priority.INTERACTIVE else self.max_gap_queue_s
 
-    def _observe(self, turn: Turn, work: TextWork, tokens: int, seconds: float) -> None:
+    def _observe(self, turn: Turn, work: TextWork, tokens: int, seconds: float, awake: bool) -> None:
         choices = len(work.numbers)
         self.stats.rows += choices
         self.stats.batches += 1
@@ -248,6 +251,9 @@ class Lane:
         self.stats.row_tokens += tokens
         self.stats.infer_ms += 1000 * seconds
         self._expected += WEIGHT * (tokens / choices - self._expected)
+        if not awake:
+            # It waited for a replica to start.
+            return
         # Full slots do `capacity` texts at a time, so each has that part of the machine.
         lanes = max(1, self._taken)
         self._pace = corrected_pace(self._pace, turn.cost_ms * lanes / turn.size, 1000 * seconds, WEIGHT)

@@ -24,7 +24,9 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`name` as it is given to Ray; `told` by each router, by each replica of a text variant, or by the monitor."""
+    """`name` as it is given to Ray; `told` by each router, by each replica of a text variant, by the monitor, or by
+    Serve's controller.
+    """
 
     name: str
     kind: Kind
@@ -120,6 +122,15 @@ ROUTER_CPU = _counter("router_cpu_seconds", "Processor time of a router's proces
 ROUTER_LAG = _gauge("router_lag_seconds", "How late a router's event loop was, at most in the last second")
 MONITOR_AGE = _gauge("monitor_age_seconds", "Since a router last heard from the monitor")
 INFO = _gauge("info", "1, with the version as a label", "version")
+
+DECISIONS = _counter(
+    "autoscaler_decisions",
+    "Changes of a number of replicas, by direction (up, down) and cause",
+    "deployment",
+    "direction",
+    "cause",
+    told="controller",
+)
 
 # The promise
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from ray.util.accelerators import accelerators
 
+from fettle.autoscale import check_gpu_share, gpu_share
 from fettle.config import PlacementConfig, ReplicaConfig, ServeConfig
-from fettle.manifest import VariantManifest
+from fettle.manifest import TaskKind, VariantManifest
 
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 
@@ -34,13 +35,19 @@ def replicas_of(config: ServeConfig, family: str, variant: str) -> ReplicaConfig
 
 
 def actor_options(
-    manifest: VariantManifest, replicas: ReplicaConfig, place: PlacementConfig, *, cpu_nodes: bool
+    manifest: VariantManifest,
+    replicas: ReplicaConfig,
+    place: PlacementConfig,
+    *,
+    cpu_nodes: bool,
+    needed_bytes: int = 0,
 ) -> dict[str, Any]:
     """Ray's options for a replica.
 
-    `cpu_nodes`: there are machines without accelerators, and CPU variants run on these alone.
+    `cpu_nodes`: there are machines without accelerators, and CPU variants run on these alone. `needed_bytes`: memory of
+    a replica, for its share of a GPU.
     """
-    gpus = replica_gpus(manifest, replicas)
+    gpus = replica_gpus(manifest, replicas, needed_bytes)
     options: dict[str, Any] = {"num_cpus": replica_cpus(manifest, replicas), "num_gpus": gpus}
     memory = place.memory_bytes or manifest.resources.memory_bytes
     if memory:
@@ -59,13 +66,30 @@ def replica_cpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
     return manifest.resources.cpus if config.cpus is None else config.cpus
 
 
-def replica_gpus(manifest: VariantManifest, config: ReplicaConfig) -> float:
-    """On CUDA a whole GPU unless something else was said: Ray hides the GPUs from a replica that asks for none."""
+def replica_gpus(manifest: VariantManifest, config: ReplicaConfig, needed_bytes: int = 0) -> float:
+    """On CUDA a whole GPU unless something else was said: Ray hides the GPUs from a replica that asks for none.
+
+    Where the memory of a card is known, replicas share it as far as what each needs fits.
+
+    Raises:
+        UsageError: those that share a GPU would need more memory than it has.
+    """
     if config.device == "cpu":
         return 0.0
+    card = config.gpu_memory_bytes
     if config.gpus is not None:
+        if card is not None and config.gpus > 0:
+            check_gpu_share(manifest.id, config.gpus, needed_bytes, card)
         return config.gpus
+    if card is not None:
+        return gpu_share(manifest.id, needed_bytes, card)
     return manifest.resources.gpus or 1.0
+
+
+def replica_bytes(manifest: VariantManifest, settings: ServeConfig) -> int:
+    """Memory of one replica: what measuring it took at most, and for text the keys and values that it may hold."""
+    peak = 0 if manifest.measured is None else manifest.measured.peak_memory_bytes
+    return peak + (settings.text.cache_bytes if manifest.task.kind is TaskKind.GENERATE else 0)
 
 
 def known_accelerators() -> list[str]:

@@ -267,6 +267,7 @@ class Router:
         sample = self.watch.draw(len(tokenized.rows))
         compared = trial.sample(len(tokenized.rows)) if trial is not None and family is trial.new else []
         way, gear = self.choose(asked)
+        family.demand.comes(way, [len(row) for row in tokenized.rows])
         with self.counted(asked):
             async with until(asked.terms.deadline):
                 walked = await walk(family, way, tokenized.rows, asked.terms)
@@ -333,6 +334,8 @@ class Router:
     def choose(self, asked: Asked, only: Sequence[Way] | None = None) -> tuple[Way, int]:
         """The way of the present gear, or a cheaper one of the class where that has no room or no time.
 
+        Where one of its variants has no replica another way of the class that runs, else this one, if there is time.
+
         `only`: among these alone.
 
         Raises:
@@ -344,17 +347,19 @@ class Router:
         pinned = quality.variant is not None
         gear = 0 if pinned else family.gearbox.number(quality.tolerance, asked.degraded)
         late = False
-        for number in range(min(gear, len(ways) - 1), len(ways)):
+        order = family.demand.order(ways, gear)
+        for number in order:
             batchers = [family.batchers[variant] for variant in ways[number].variants]
             if all(batcher.has_room(asked.terms) for batcher in batchers):
-                if batchers[0].can_meet(asked.terms):
+                if batchers[0].can_meet(asked.terms) and family.demand.can_wait(ways[number], asked.terms):
                     return ways[number], number
                 late = True
+        family.demand.turned_away(ways[order[0]])
         if late:
             self.telemetry.refused(family.name, "late")
             raise DeadlineError("no free capacity answers this before its deadline; allow more time or come back later")
         self.telemetry.refused(family.name, "overloaded")
-        full = [family.batchers[v] for v in ways[-1].variants if not family.batchers[v].has_room(asked.terms)]
+        full = [family.batchers[v] for v in ways[order[-1]].variants if not family.batchers[v].has_room(asked.terms)]
         raise min((batcher.overloaded(asked.terms) for batcher in full), key=lambda error: error.retry_after_s)
 
     @contextmanager

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from deployments.demand import Demand
 from deployments.lane import Queued
 from deployments.telemetry import ClassGauges, FamilyGauges, PointGauges, VariantGauges
 from deployments.text_writer import extract_of
@@ -45,7 +46,10 @@ class Quality:
 
 @dataclass(slots=True, eq=False)
 class ServedFamily:
-    """See the module. `default` is the class of requests that name none."""
+    """See the module. `default` is the class of requests that name none.
+
+    `sleeps`: a variant that nobody asks may have no replica.
+    """
 
     name: str
     family: Family
@@ -53,14 +57,19 @@ class ServedFamily:
     batchers: Mapping[str, Queued]
     default: Quality
     gears: GearConfig = field(default_factory=GearConfig)
+    sleeps: bool = False
     menu: Menu = field(init=False)
     gearbox: Gearbox = field(init=False)
+    demand: Demand = field(init=False)
     extract: Extract | None = field(init=False)
     _revoked: frozenset[str] = frozenset()
     _own_fingerprints: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.extract = extract_of(self.task)
+        measured = {name: self.family.variant(name).measured for name in self.batchers}
+        starts = {name: found.load_seconds for name, found in measured.items() if found is not None}
+        self.demand = Demand(self.batchers, starts)
         self._build_menu()
 
     @classmethod
@@ -100,7 +109,9 @@ class ServedFamily:
 
     @property
     def is_ready(self) -> bool:
-        """Whether whatever answers a request that names no class takes work."""
+        """Whether whatever answers a request that names no class takes work, or comes back when it is asked."""
+        if self.sleeps:
+            return True
         if self.default.variant is not None:
             return self.batchers[self.default.variant].is_ready
         ways = self.menu.gears(self.default.tolerance)

@@ -68,6 +68,8 @@ def running(config: ServeConfig, options: ServerOptions) -> Iterator[str]:
         os.environ.update(fastpath.environment(Path(scratch), fast=fast, cores=usable_cores()))
         needed = needs(config)
         check_memory(needed)
+        if options.address is None:
+            config = bounded(config)
         check_evidence(config)
         check_keys(config)
         with _ray(options, needed):
@@ -97,7 +99,7 @@ def needs(config: ServeConfig) -> Needs:
     from deployments.app import served_variants
     from deployments.placement import replica_cpus, replicas_of
 
-    memory, cpus = RAY_MEMORY_BYTES, config.routers * config.router_cpus
+    memory, cpus = RAY_MEMORY_BYTES, (config.max_routers or config.routers) * config.router_cpus
     for settings in config.families:
         family = ModelStore(config.store).family(settings.path)
         for name in served_variants(settings, family):
@@ -117,6 +119,14 @@ def check_memory(needed: Needs) -> None:
             f"serving this needs about {needed.memory_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
             "serve fewer variants (--variant) or fewer replicas (--min-replicas)"
         )
+
+
+def bounded(config: ServeConfig) -> ServeConfig:
+    """With as much memory for all replicas as is free, unless the configuration says how much."""
+    if config.autoscale.memory_bytes is not None:
+        return config
+    free = max(1, psutil.virtual_memory().available - RAY_MEMORY_BYTES)
+    return config.model_copy(update={"autoscale": config.autoscale.model_copy(update={"memory_bytes": free})})
 
 
 def check_evidence(config: ServeConfig) -> None:

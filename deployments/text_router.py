@@ -72,6 +72,7 @@ class TextRouter:
         compared = trial.sample(len(call.prompts)) if trial is not None and call.asked.family is trial.new else []
         with self.router.counted(call.asked):
             way, gear = self._choose(call)
+            call.asked.family.demand.text_comes(way, _predicted_ms(call, way))
             told = _Told(call, way, gear, vote_of(call))
             try:
                 async with aclosing(self._bits(call, way, told)) as bits:
@@ -115,7 +116,9 @@ class TextRouter:
                             yield bits
                         return
                     whole = merged([bit async for bits in attempt for bit in bits])
-            if all(_taken(bit, stretch.step) for bit in whole):
+            taken = all(_taken(bit, stretch.step) for bit in whole)
+            family.demand.passed(way, number, 1, int(not taken))
+            if taken:
                 yield whole
                 return
             told.gives_up(whole)
@@ -220,6 +223,13 @@ def work_of(call: TextCall, step: Step, *, last: bool, vote: VotePoint | None = 
         stream=call.stream and last,
         priority=int(call.asked.terms.priority),
     )
+
+
+def _predicted_ms(call: TextCall, way: Way) -> list[float]:
+    """What the call takes at each variant of the way, if it gets there."""
+    lanes = [call.asked.family.batchers[variant] for variant in way.variants]
+    work = work_of(call, way.stretches[0].step, last=True)
+    return [lane.predicted_ms(work) for lane in lanes if isinstance(lane, Lane)]
 
 
 def _taken(bit: Bit, step: Step) -> bool:

@@ -115,7 +115,8 @@ class ReplicaSlots:
 
     Ray can reserve a place at a replica itself, but that is one more actor call for each batch, 3 to 4 ms of latency
     and 1.5 ms of CPU on two cores; and what a full replica refuses, Ray's handle sends to another anyway.
-    `share` is this router's part of each replica's `places`, since routers know nothing of each other.
+    `share` is this router's part of each replica's `places`, since routers know nothing of each other; it changes as
+    routers come and go.
     A call that is given up keeps its place, here and at the replica, so that what is done again goes elsewhere.
     """
 
@@ -123,8 +124,9 @@ class ReplicaSlots:
         self, handle: DeploymentHandle, places: int, share: float = 1.0, stuck_after_s: float = math.inf
     ) -> None:
         self.replicas = 0
+        self.share = share
         self._handle = handle
-        self._places = places * share
+        self._places = places
         self._taken = 0
         self._freed = asyncio.Event()
         self._patience = Patience(stuck_after_s, lambda: self.replicas > 0)
@@ -132,7 +134,7 @@ class ReplicaSlots:
     @property
     def capacity(self) -> int:
         """At least one: a deployment that was scaled to zero comes back because a batch waits for it at its handle."""
-        return max(1, math.ceil(self.replicas * self._places))
+        return max(1, math.ceil(self.replicas * self._places * self.share))
 
     def resize(self, replicas: int) -> None:
         """Tell how many replicas are running now."""
@@ -190,6 +192,8 @@ async def _awaited(response: DeploymentResponse[Reply]) -> Reply:
 
 
 class Followed(Protocol):
+    """What changes with the number of a deployment's replicas."""
+
     def resize(self, replicas: int) -> None:
         """Tell how many replicas are running now."""
 

@@ -72,7 +72,9 @@ async def walk(family: ServedFamily, way: Way, rows: Sequence[Row], terms: Terms
         answers = await _answers(batcher, [rows[index] for index in left], terms, leg, stretch.step.variant)
         walked.queue_ms += max(answer.queue_ms for answer in answers)
         walked.infer_ms += max(answer.infer_ms for answer in answers)
+        came = len(left)
         left = _take(family, walked, stretch.step, left, answers, last=number == len(way.stretches) - 1)
+        family.demand.passed(way, number, came, len(left))
         if not left:
             break
     return walked

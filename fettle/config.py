@@ -98,6 +98,9 @@ class ReplicaConfig(Settings):
     threads: int = Field(default=1, ge=1, description="intra-op threads of one replica on CPU")
     cpus: float | None = Field(default=None, ge=0)
     gpus: float | None = Field(default=None, ge=0)
+    gpu_memory_bytes: int | None = Field(
+        default=None, ge=1, description="of one GPU: replicas then share GPUs as far as their memory fits"
+    )
     device: Device = "cpu"
     prefetch: int = Field(default=1, ge=0, description="batches that wait at a replica while it works on one")
     stuck_after_s: float = Field(
@@ -182,6 +185,24 @@ class LimitConfig(Settings):
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class AutoscaleConfig(Settings):
+    """How many replicas there are between the least and the most: see `fettle.autoscale`."""
+
+    target_utilisation: float = Field(
+        default=0.95, gt=0, le=1, description="part of the replicas' time that the work which comes should take"
+    )
+    drain_s: float = Field(default=5.0, gt=0, description="in which more replicas should drain what waits")
+    down_delay_s: float = Field(
+        default=30.0, ge=0, description="how long less must have been enough before replicas go, a quarter at a time"
+    )
+    zero_delay_s: float = Field(
+        default=300.0, ge=0, description="without a request before the last one goes, where min_replicas is 0"
+    )
+    memory_bytes: int | None = Field(
+        default=None, ge=1, description="for the replicas of all variants together; no bound if None"
+    )
 
 
 class MonitorConfig(Settings):
@@ -308,10 +329,14 @@ class ServeConfig(Settings):
     monitor: MonitorConfig = MonitorConfig()
     store: StoreConfig = StoreConfig()
     tracing: TracingConfig = TracingConfig()
+    autoscale: AutoscaleConfig = AutoscaleConfig()
     classes: dict[Identifier, Share] = Field(
         default={}, description="names that requests may use for a level of disagreement, such as gold: 0.005"
     )
     routers: int = Field(default=1, ge=1, description="router replicas; they share nothing")
+    max_routers: int | None = Field(
+        default=None, ge=1, description="as load may need, `routers` if None; keys' limits are shared out by `routers`"
+    )
     router_cpus: float = Field(default=1.0, ge=0)
     surge_percent: int = Field(
         default=25, ge=1, le=100, description="replicas beyond the number wanted, while others replace them; rounded up"
@@ -358,6 +383,12 @@ class ServeConfig(Settings):
                     f"monitor.directory is needed, since families.{number}.path is a URL, where no evidence can be "
                     "written; give a directory that all nodes share"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def routers_ordered(self) -> ServeConfig:
+        if self.max_routers is not None and self.max_routers < self.routers:
+            raise ValueError(f"max_routers {self.max_routers} is less than routers {self.routers}")
         return self
 
     @model_validator(mode="after")

@@ -76,7 +76,7 @@ def test_names_are_valid_and_there_once():
 def test_every_metric_has_a_help_text_and_a_teller():
     for metric in METRICS:
         assert len(metric.help) > 10
-        assert metric.told in ("router", "replica", "monitor")
+        assert metric.told in ("router", "replica", "monitor", "controller")
 
 
 def test_times_are_in_seconds():
