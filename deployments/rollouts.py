@@ -92,7 +92,7 @@ class Rollout:
         self._ready = {each: (at, ready) for each, (at, ready) in self._ready.items() if now - at <= FORGET_AFTER_S}
         self._compares = report.compares
         tallies = {**self._record.tallies, router: report.tallies} if report.tallies else self._record.tallies
-        failure = None if self.position.over else self._failure(self.new)
+        failure = self._failure(self.new) if self.position.status == "starting" else None
         position = decide(
             self.position,
             _by_step(tallies.values()),

@@ -94,7 +94,8 @@ class Asked:
         old = self.instead
         if old is None or old.family.family.manifest.tokenizer_files != self.family.family.manifest.tokenizer_files:
             return None
-        return old
+        # What it took elsewhere says nothing about the old version.
+        return replace(old, takes_part=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,12 @@ class Router:
     journal: Journal = field(default_factory=Journal)
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     trials: Mapping[str, Trial] = field(default_factory=dict)
+
+    @property
+    def settled(self) -> list[ServedFamily]:
+        """The families without the new versions that are on trial."""
+        new = {trial.new.name for trial in self.trials.values()}
+        return [family for family in self.families.values() if family.name not in new]
 
     def find(self, model: str | None, kind: TaskKind | None = None) -> tuple[ServedFamily, str | None]:
         """Resolve `family` or `family:variant`; None means the only family that does this kind of task.
@@ -375,7 +382,7 @@ class Router:
             raise
 
     def _only(self, kind: TaskKind | None) -> ServedFamily:
-        fitting = [family for family in self.families.values() if kind in (None, family.task.kind)]
+        fitting = [family for family in self.settled if kind in (None, family.task.kind)]
         if len(fitting) == 1:
             return fitting[0]
         if not fitting and kind is not None:

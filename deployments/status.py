@@ -83,7 +83,7 @@ class Status:
 
     async def ready(self) -> Response:
         """Ready: whatever answers a request that names no class has replicas that take work."""
-        for family in self._router.families.values():
+        for family in self._router.settled:
             if not family.is_ready:
                 raise UnavailableError(f"a variant that answers for {family.name} has no replica that takes work yet")
         return reply({"status": "ok"})

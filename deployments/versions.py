@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import DeploymentStatus
 
@@ -111,7 +112,11 @@ def is_declared(application: str) -> bool:
 
 def start_failure(version: Version, application: str) -> str | None:
     """What Serve says of a version's replicas that it has given up starting."""
-    details = _get_global_client().get_serve_details()["applications"][application]["deployments"]
+    try:
+        details = _get_global_client().get_serve_details()["applications"][application]["deployments"]
+    except RayError as error:
+        logger.warning("Serve's controller does not answer: %s", error)
+        return None
     for name, deployment in details.items():
         own = name.startswith(f"{version.prefix}.") and name.endswith(f"@{version.family.version}")
         if own and deployment["status"] == DeploymentStatus.DEPLOY_FAILED:

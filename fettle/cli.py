@@ -302,6 +302,8 @@ def serve(
         gears={"objective_ms": objective},
         monitor={"share": shadow, "directory": evidence},
         api_keys=api_key or [],
+        # Ctrl-C waits no longer for texts under way.
+        drain_s=30,
         keys_file=None if keys is None else str(keys.resolve()),
     )
     where = ServerOptions(host=host, port=port, address=address, fast=fast, dashboard=dashboard, verbose=verbose)

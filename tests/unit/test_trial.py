@@ -110,6 +110,16 @@ async def test_what_does_not_run_or_has_no_room_gets_nothing(tmp_path: Path):
         slots_of(running.router, running.trial.new.name, variant).replicas = 0
     assert (await running.ask())["family"] == "sections"
     assert not running.trial.report().ready
+    assert (await running.http.get("/ready")).status_code == 200, "the service is, since the old version answers"
+
+
+async def test_a_request_that_names_no_model_means_the_family_and_not_its_new_version(tmp_path: Path):
+    running = make_running(make_config(tmp_path))
+    reply = await running.http.post("/classify", json={"input": "fox"})
+    assert reply.json()["fettle"]["family"] == running.trial.new.name
+    running.trial.share = 0.0
+    reply = await running.http.post("/classify", json={"input": "fox"})
+    assert reply.json()["fettle"]["family"] == "sections"
 
 
 async def test_answers_are_compared_with_the_old_reference(tmp_path: Path):
