@@ -71,7 +71,7 @@ def family(directory: Path) -> Path:
 def settings(family: Path) -> ServeConfig:
     return ServeConfig(
         families=[FamilyConfig(path=str(family))],
-        replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
+        replicas=ReplicaConfig(min_replicas=2, max_replicas=2, max_per_node=1),
         routers=2,
         monitor=MonitorConfig(share=0.0),
     )

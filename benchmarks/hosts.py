@@ -92,17 +92,21 @@ class Host:
             [f"hostname {self.name}", *mounts, *self.setup, f"exec {sys.executable} -m benchmarks.hosts"]
         )
         spaces = ["unshare", "--fork", "--pid", "--mount-proc", "--mount", "--uts", "--kill-child=SIGKILL"]
-        self._init = subprocess.Popen(
-            ["ip", "netns", "exec", self.namespace, *spaces, "sh", "-c", script],
-            stdout=subprocess.PIPE,
-            # unshare complains, when its child is killed, of a signal mask.
-            stderr=subprocess.DEVNULL,
-            cwd=Path(__file__).parents[1],
-            start_new_session=True,
-        )
+        said = self.directory / "init"
+        with said.open("wb") as errors:
+            self._init = subprocess.Popen(
+                ["ip", "netns", "exec", self.namespace, *spaces, "sh", "-c", script],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd=Path(__file__).parents[1],
+                start_new_session=True,
+            )
         assert self._init.stdout is not None
         if self._init.stdout.readline() != b"up\n":
-            raise HostError(f"{self.name} did not come up")
+            self._init.kill()
+            self._init.wait()
+            self._init = None
+            raise HostError(f"{self.name} did not come up: {said.read_text(errors='replace')}")
         (self._pid,) = [child.pid for child in psutil.Process(self._init.pid).children()]
 
     def command(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:

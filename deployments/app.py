@@ -289,6 +289,7 @@ def deployment(
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=20.0,
         max_surge_percent=settings.surge_percent,
+        max_replicas_per_node=config.max_per_node,
     ).bind(*arguments)
     return bound
 

@@ -95,6 +95,9 @@ class ReplicaConfig(Settings):
 
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=2, ge=1)
+    max_per_node: int | None = Field(
+        default=None, ge=1, description="replicas of one variant on one node, at most; 1 spreads them against its death"
+    )
     threads: int = Field(default=1, ge=1, description="intra-op threads of one replica on CPU")
     cpus: float | None = Field(default=None, ge=0)
     gpus: float | None = Field(default=None, ge=0)

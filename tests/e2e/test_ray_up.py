@@ -68,19 +68,16 @@ class Operator:
 
 
 def layered(directory: Path) -> list[str]:
-    """What gives a host a layer of its own above this environment, at /opt/fettle too, a home and families."""
-    upper, work, home, opt, models = (directory / name for name in ("upper", "work", "home", "opt", "models"))
-    for each in (upper, work, home, opt / "fettle", models):
-        each.mkdir(parents=True)
-    Path("/models").mkdir(exist_ok=True)
-    Path("/run/sshd").mkdir(exist_ok=True)
-    return [
-        f"mount -t overlay overlay -o lowerdir={ENVIRONMENT},upperdir={upper},workdir={work} {ENVIRONMENT}",
-        f"mount --bind {opt} /opt",
-        f"mount --bind {ENVIRONMENT} /opt/fettle",
-        f"mount --bind {home} /root",
-        f"mount --bind {models} /models",
-    ]
+    """What gives a host a layer of its own above this environment, at /opt/fettle too, and above root's home."""
+    commands = []
+    for place in (ENVIRONMENT, Path.home()):
+        upper, work = directory / place.name / "upper", directory / place.name / "work"
+        upper.mkdir(parents=True)
+        work.mkdir()
+        commands.append(f"mount -t overlay overlay -o lowerdir={place},upperdir={upper},workdir={work} {place}")
+    models = directory / "models"
+    models.mkdir()
+    return [*commands, f"mount --bind {ENVIRONMENT} /opt/fettle", f"mount --bind {models} /models"]
 
 
 @pytest.fixture
@@ -90,6 +87,10 @@ def operator(tmp_path: Path) -> Iterator[Operator]:
     for program in ("/usr/sbin/sshd", "rsync", "ssh", "ssh-keygen"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed (openssh-server, openssh-client, rsync)")
+    # Where the hosts' own directories are mounted, and where sshd wants one.
+    made = [place for place in map(Path, ("/opt/fettle", "/models", "/run/sshd")) if not place.exists()]
+    for place in made:
+        place.mkdir()
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True)
     key = home / ".ssh" / "id_ed25519"
@@ -104,6 +105,8 @@ def operator(tmp_path: Path) -> Iterator[Operator]:
             host.run(["/usr/sbin/sshd", "-h", str(host_key), *given])
         addresses = [network.hosts[name].address for name in HOSTS]
         yield Operator(network.add("laptop"), home, repository(tmp_path / "fettle", addresses))
+    for place in made:
+        place.rmdir()
 
 
 def repository(directory: Path, addresses: list[str]) -> Path:
