@@ -61,10 +61,13 @@ class Cluster:
             self.add_worker()
 
     def start_store(self) -> None:
+        """Redis, on a host that is up, with what was on its disk."""
+        disk = self.directory / "redis"
+        disk.mkdir(exist_ok=True)
         self.host("store").run(
             [
                 *("redis-server", "--port", str(REDIS_PORT), "--bind", "0.0.0.0", "--protected-mode", "no"),
-                *("--dir", str(self.host("store").directory), "--appendonly", "yes", "--daemonize", "yes"),
+                *("--dir", str(disk), "--appendonly", "yes", "--daemonize", "yes"),
             ]
         )
 
@@ -73,6 +76,12 @@ class Cluster:
         redis = {"RAY_REDIS_ADDRESS": f"{self.host('store').address}:{REDIS_PORT}"}
         command = ["start", "--head", f"--port={GCS_PORT}", "--dashboard-host=0.0.0.0", "--num-cpus=0"]
         self._ray(self.head, command, redis)
+
+    def restart_head(self) -> None:
+        """An empty host in the place of the head's, with a new Ray on it."""
+        self.head.kill()
+        self.head.boot()
+        self.start_head()
 
     def add_worker(self) -> Host:
         """A new host that joins; returns when its raylet is up."""

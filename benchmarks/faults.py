@@ -148,9 +148,21 @@ def kill_head(cluster: Cluster) -> str:
     """The head's host dies, Serve's controller with it, and comes back as an empty one."""
     cluster.head.kill()
     time.sleep(AWAY_S)
-    cluster.head.boot()
-    cluster.start_head()
+    cluster.restart_head()
     return f"the head's host, back after {AWAY_S:g} s"
+
+
+def kill_store(cluster: Cluster) -> str:
+    """Redis dies, and comes back with its disk. A head that did not survive that is started anew."""
+    store = cluster.host("store")
+    store.kill()
+    time.sleep(AWAY_S)
+    store.boot()
+    cluster.start_store()
+    if any("gcs_server" in " ".join(process.cmdline()) for process in cluster.head.processes()):
+        return f"Redis, back after {AWAY_S:g} s; the head went on"
+    cluster.restart_head()
+    return f"Redis, back after {AWAY_S:g} s; the head had ended itself, and was started anew"
 
 
 def originals(cluster: Cluster) -> set[int]:
@@ -202,6 +214,7 @@ FAULTS = {
     "drain": Fault("a worker drained", drain_host, all_running, by_head),
     "freeze": Fault("a replica frozen (SIGSTOP)", freeze_replica, all_running, by_head),
     "head": Fault("the head killed, away 30 s", kill_head, all_running, by_workers),
+    "store": Fault("the head's Redis killed, away 30 s", kill_store, all_running, by_workers),
 }
 
 
