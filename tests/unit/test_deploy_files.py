@@ -13,6 +13,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from deployments import app, fastpath
+from deployments.versions import versions_of
 from fettle.config import ServeConfig
 from tests.fakes import FakeVariant, make_fake_family
 
@@ -190,3 +191,12 @@ def test_a_call_is_stuck_only_long_after_its_time(tmp_path):
     config = ServeConfig.model_validate({"family": str(family.directory), "replicas": {"stuck_after_s": 7}})
     assert app.stuck_after_s(family.variant("slow"), config) >= 40.0
     assert app.stuck_after_s(family.variant("fast"), config) == 7.0
+
+
+def test_replicas_of_a_variant_spread_over_nodes_where_that_is_asked_for(tmp_path):
+    family = make_fake_family(tmp_path / "sections")
+    for given in (None, 1):
+        config = ServeConfig.model_validate({"family": str(family.directory), "replicas": {"max_per_node": given}})
+        (version,) = versions_of(config)
+        made = app.deployment(version, family.manifest.reference, config)
+        assert made._bound_deployment._replica_config.max_replicas_per_node == given
