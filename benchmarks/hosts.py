@@ -22,6 +22,7 @@ import psutil
 
 # Of each host's own: where Ray and its HAProxy keep sessions and sockets, and the shared memory of its object store.
 PRIVATE = ("/tmp/ray", "/tmp/haproxy-serve", "/dev/shm")
+FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 COMMANDS = ("ip", "unshare", "nsenter", "mount")
 
 
@@ -167,11 +168,16 @@ class Network:
     directory: Path
     subnet: str = "10.217.61"
     hosts: dict[str, Host] = field(default_factory=dict)
+    connected: bool = False
 
     @property
     def bridge(self) -> str:
         # An interface's name has 15 characters at most.
         return f"flt{self.subnet.rpartition('.')[2]}"
+
+    @property
+    def _behind_us(self) -> list[str]:
+        return ["POSTROUTING", "-s", f"{self.subnet}.0/24", "!", "-o", self.bridge, "-j", "MASQUERADE"]
 
     @property
     def gateway(self) -> str:
@@ -190,7 +196,15 @@ class Network:
             raise
         return self
 
+    def connect(self) -> None:
+        """Let the hosts reach what this machine reaches. Takes iptables."""
+        FORWARDING.write_text("1\n")
+        call("iptables", "-t", "nat", "-A", *self._behind_us)
+        self.connected = True
+
     def __exit__(self, *_: object) -> None:
+        if self.connected:
+            subprocess.run(["iptables", "-t", "nat", "-D", *self._behind_us], capture_output=True, check=False)
         for host in self.hosts.values():
             host.kill()
             subprocess.run(["ip", "netns", "delete", host.namespace], capture_output=True, check=False)

@@ -35,22 +35,21 @@ UP_S = 600.0
 
 @dataclass(frozen=True)
 class Operator:
-    """Whoever brings the cluster up, at a laptop on the same network: a home, a copy of the repository, and a shell."""
+    """Whoever brings the cluster up, at a laptop on the same network: a copy of the repository, and a shell."""
 
     laptop: Host
-    home: Path
     repository: Path
 
     @property
     def environment(self) -> dict[str, str]:
         path = f"{ENVIRONMENT / 'bin'}:{os.environ['PATH']}"
-        return {"HOME": str(self.home), "PATH": path, "TERM": "dumb", "LANG": "C.UTF-8", "PYTHONPATH": ""}
+        return {"HOME": str(Path.home()), "PATH": path, "TERM": "dumb", "LANG": "C.UTF-8", "PYTHONPATH": ""}
 
     def run(self, command: str) -> str:
         """A line of the runbook; printed with what it says."""
         print(f"\n$ {command}", flush=True)
         said = self.laptop.run(["bash", "-c", f"cd {self.repository} && {command}"], self.environment, UP_S)
-        said = re.sub(r"\x1b\[[0-9;]*m", "", said)
+        said = re.sub(r"\x1b\[[0-9;]*m|^.*V*INFO command_runner.*\n", "", said, flags=re.M)
         print(said, flush=True)
         return said
 
@@ -84,18 +83,18 @@ def layered(directory: Path) -> list[str]:
 def operator(tmp_path: Path) -> Iterator[Operator]:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
-    for program in ("/usr/sbin/sshd", "rsync", "ssh", "ssh-keygen"):
+    for program in ("/usr/sbin/sshd", "iptables", "rsync", "ssh", "ssh-keygen"):
         if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed (openssh-server, openssh-client, rsync)")
+            pytest.skip(f"{program} is not installed (openssh-server, openssh-client, rsync, iptables)")
     # Where the hosts' own directories are mounted, and where sshd wants one.
     made = [place for place in map(Path, ("/opt/fettle", "/models", "/run/sshd")) if not place.exists()]
     for place in made:
         place.mkdir()
-    home = tmp_path / "home"
-    (home / ".ssh").mkdir(parents=True)
-    key = home / ".ssh" / "id_ed25519"
+    key = tmp_path / "id_ed25519"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     with Network(tmp_path / "hosts", subnet="10.217.63") as network:
+        # pip asks for what builds the package.
+        network.connect()
         for name in HOSTS:
             host = network.add(name, layered(tmp_path / "disks" / name))
             host_key = tmp_path / f"{name}.key"
@@ -104,7 +103,9 @@ def operator(tmp_path: Path) -> Iterator[Operator]:
             given = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
             host.run(["/usr/sbin/sshd", "-h", str(host_key), *given])
         addresses = [network.hosts[name].address for name in HOSTS]
-        yield Operator(network.add("laptop"), home, repository(tmp_path / "fettle", addresses))
+        laptop = network.add("laptop", layered(tmp_path / "disks" / "laptop"))
+        laptop.run(["sh", "-c", f"rm -rf ~/.ray && mkdir -p -m 700 ~/.ssh && cp {key} ~/.ssh/id_ed25519"])
+        yield Operator(laptop, repository(tmp_path / "fettle", addresses))
     for place in made:
         place.rmdir()
 
@@ -142,13 +143,10 @@ def test_a_fresh_reader_brings_it_up(operator: Operator):
     operator.run(f"ray up --yes {up}")
 
     def nodes() -> int:
-        return len(
-            re.findall(
-                r"^ 1 node_", operator.run(f"ray exec {up} 'RAY_AUTH_MODE=token /opt/fettle/bin/ray status'"), re.M
-            )
-        )
+        said = operator.run(f"ray exec {up} 'RAY_AUTH_MODE=token /opt/fettle/bin/ray status'")
+        return sum(map(int, re.findall(r"^ (\d+) local\.cluster\.node", said, re.M)))
 
-    wait_for(lambda: nodes() == len(HOSTS), 180.0, "the workers have joined", every_s=5.0)
+    wait_for(lambda: nodes() == len(HOSTS), 300.0, "the workers have joined", every_s=15.0)
     operator.run(f"ray exec {up} 'RAY_AUTH_MODE=token /opt/fettle/bin/serve deploy ~/fettle/deploy/serve.yaml'")
     wait_for(
         lambda: (
