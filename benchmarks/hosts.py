@@ -8,6 +8,7 @@ and is not told so. Processors, memory and the rest of the file system are share
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ import psutil
 # Of each host's own: where Ray and its HAProxy keep sessions and sockets, and the shared memory of its object store.
 PRIVATE = ("/tmp/ray", "/tmp/haproxy-serve", "/dev/shm")
 FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
+PR_SET_PDEATHSIG = 1
 COMMANDS = ("ip", "unshare", "nsenter", "mount")
 
 
@@ -101,6 +103,7 @@ class Host:
                 stderr=errors,
                 cwd=Path(__file__).parents[1],
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         assert self._init.stdout is not None
         if self._init.stdout.readline() != b"up\n":
@@ -248,6 +251,11 @@ def wait_for(true: object, within_s: float, what: str, every_s: float = 0.5) -> 
             raise HostError(f"{what}: not in {within_s:g} s")
         time.sleep(every_s)
     return time.monotonic() - started
+
+
+def _die_with_parent() -> None:
+    """Hosts do not outlive whoever made them."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _is_in(process: psutil.Process, space: str, title: str) -> bool:
