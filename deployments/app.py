@@ -38,7 +38,7 @@ from deployments.text_variant import ReplicaStreams, TextOptions, TextVariant
 from deployments.tracing import open_tracer
 from deployments.trial import Trial
 from deployments.variant import Followed, ReplicaSlots, Variant, await_replicas, follow_replicas
-from deployments.versions import Version, rollout_of, still_asked, versions_of
+from deployments.versions import Version, least_replicas, rollout_of, still_asked, versions_of
 from deployments.watch import Watch
 from fettle import __version__, latency, policy
 from fettle.config import FamilyConfig, ServeConfig, StoreConfig, TextConfig
@@ -157,7 +157,9 @@ def build(args: ServeConfig) -> Application:
     cpu_nodes = config.cpu_nodes or (config.cpu_nodes is None and has_cpu_nodes(nodes))
     handles = {
         version.name: {
-            variant: deployment(version, variant, config, cpu_nodes=cpu_nodes)
+            variant: deployment(
+                version, variant, config, cpu_nodes=cpu_nodes, least=least_replicas(config, version, variant)
+            )
             for variant in served_variants(version.settings, version.family)
         }
         for version in versions
@@ -250,12 +252,18 @@ def served_variants(settings: FamilyConfig, family: Family) -> list[str]:
 
 
 def deployment(
-    version: Version, variant: str, settings: ServeConfig, *, cpu_nodes: bool = False, kept: bool = False
+    version: Version,
+    variant: str,
+    settings: ServeConfig,
+    *,
+    cpu_nodes: bool = False,
+    least: int = 0,
+    kept: bool = False,
 ) -> Application:
     """One variant's deployment, with its share of CPU, GPU and memory and Ray's autoscaling.
 
-    `cpu_nodes`: see `placement.actor_options`; `kept`: for the routers that are being replaced, and nothing of it stays
-    when nobody asks any more.
+    `cpu_nodes`: see `placement.actor_options`; `least`: see `versions.least_replicas`; `kept`: for the routers that are
+    being replaced, and nothing of it stays when nobody asks any more.
     """
     config, family = replicas_of(settings, version.prefix, variant), version.family
     place = placement_of(settings, version.prefix, variant)
@@ -277,7 +285,7 @@ def deployment(
         max_ongoing_requests=settings.text.slots + settings.text.waiting if generates else config.places,
         ray_actor_options=actor_options(manifest, config, place, cpu_nodes=cpu_nodes, needed_bytes=needed_bytes),
         autoscaling_config=scaling_config(
-            0 if kept else config.min_replicas,
+            0 if kept else min(config.max_replicas, max(config.min_replicas, least)),
             config.max_replicas,
             settings.autoscale.model_copy(update={"zero_delay_s": KEPT_S}) if kept else settings.autoscale,
             needed_bytes,

@@ -73,11 +73,6 @@ class Trial:
     _times: RecentTimes = field(default_factory=RecentTimes)
     _comparing: set[asyncio.Task[None]] = field(default_factory=set)
 
-    @property
-    def same_tokenizer(self) -> bool:
-        """Whether rows of the one are rows of the other."""
-        return self.old.family.manifest.tokenizer_files == self.new.family.manifest.tokenizer_files
-
     def obey(self, order: TrialOrder) -> None:
         """Take over what the monitor decided."""
         if order.share != self.share:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import DeploymentStatus
 
+from deployments.fleet import deployment_name
 from fettle.config import FamilyConfig, RolloutConfig, ServeConfig
 from fettle.errors import FettleError, UsageError
 from fettle.family import Family
@@ -102,6 +104,26 @@ def running_configs() -> Iterator[ServeConfig]:
         except Exception as error:
             # Without it this is a deploy as Serve does it, with a gap for requests, and not a reason to refuse one.
             logger.warning("application %s does not say what it serves: %r", name, error)
+
+
+def least_replicas(config: ServeConfig, version: Version, variant: str) -> int:
+    """How many replicas a variant of a new version needs for its last step, by what runs of the old one's now.
+
+    Autoscaling would come after the share has grown, and what waits meanwhile would count as slowness.
+    """
+    if version.stable is None or not ray.is_initialized():
+        return 0
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return 0
+    old = next(each for each in versions_of(config) if each.name == version.stable)
+    name = deployment_name(old.name, variant, old.family.version)
+    wanted = [
+        application["deployments"][name]["target_num_replicas"]
+        for application in client.get_serve_details()["applications"].values()
+        if name in application["deployments"]
+    ]
+    return math.ceil(rollout_of(config, version).steps[-1] * max(wanted, default=0))
 
 
 def is_declared(application: str) -> bool:
