@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -346,6 +346,21 @@ def test_so_many_requests_as_a_table(constant):
     ran = bench(f"{constant}/embed", "--requests", 30, "--connections", 3, "--processes", 3)
     assert ran.exit_code == 0, ran.output
     assert "30 x 200" in ran.stdout
+
+
+def test_ctrl_c_prints_what_was_measured_so_far(constant):
+    command = [sys.executable, "-m", "fettle.cli", "bench", f"{constant}/classify", "--rate", "50", "--seconds", "600"]
+    with subprocess.Popen(
+        [*command, "--warm-up", "0.1"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        # The second line of progress comes after the window has opened.
+        assert running.stderr is not None
+        [next(running.stderr) for _ in range(2)]
+        running.send_signal(signal.SIGINT)
+        said, _ = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "x 200" in said
+    assert "interrupted" in said
 
 
 @pytest.mark.parametrize(
