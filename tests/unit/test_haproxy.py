@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,17 @@ def test_the_wrapper_is_haproxy_with_a_completed_configuration(written, tmp_path
     assert "not valid" not in checked.stderr
     assert f"{SECRET_HEADER} {secret.read_text()}" in written.read_text()
     assert stat.S_IMODE(written.stat().st_mode) == 0o600
+
+
+def test_the_command_for_a_node_keeps_the_secret_that_is_there(tmp_path):
+    (tmp_path / "proxy-secret").write_text(SECRET)
+    command = [sys.executable, "-m", "deployments.fastpath", str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said == [
+        f"export RAY_SERVE_HAPROXY_BINARY_PATH={tmp_path / WRAPPER}",
+        f"proxy_secret_file: {tmp_path / 'proxy-secret'}",
+    ]
+    assert (tmp_path / "proxy-secret").read_text() == SECRET
 
 
 @pytest.mark.parametrize("secret", ["", "two words", "a\nhttp-request deny", None])
