@@ -58,7 +58,7 @@ def status(running: Service, key: str) -> int:
 
 def test_keys_come_and_go_while_it_runs(guarded, file):
     running, key = guarded
-    assert [status(running, each) for each in (key, PLAIN, "", key + "x")] == [200, 200, 401, 401]
+    assert [status(running, each) for each in (key, PLAIN, "wrong", key + "x")] == [200, 200, 401, 401]
     new = keys("create", "late", "--file", file)
     assert wait_until(lambda: [status(running, new) for _ in range(8)] == [200] * 8, 30)
     before = file.read_text()
