@@ -27,7 +27,6 @@ from fettle.config import LimitConfig
 from fettle.errors import (
     DeadlineError,
     FettleError,
-    QuotaError,
     RateLimitedError,
     RequestError,
     TooLargeError,
@@ -197,21 +196,15 @@ class Router:
 
         Raises:
             TooLargeError: more inputs than one request may have.
-            RateLimitedError, QuotaError: the key's limits are reached.
+            RateLimitedError: the key's limits are reached, or its quota is used up.
             OverloadedError, DeadlineError: no point that may answer has room, or time.
         """
         self.check_inputs(inputs)
         try:
-            asked.client.limits.check_quota()
-        except QuotaError:
+            asked.client.limits.check(asked.client.name, time.monotonic())
+        except RateLimitedError:
             self.telemetry.refused(asked.family.name, "limited")
             raise
-        wait = asked.client.limits.wait_s(time.monotonic())
-        if wait is not None:
-            self.telemetry.refused(asked.family.name, "limited")
-            raise RateLimitedError(
-                f"the limits of API key {asked.client.name!r} are reached; retry in {wait} s", retry_after_s=wait
-            )
         self.choose(asked)
 
     def check_inputs(self, inputs: int) -> None:

@@ -163,7 +163,7 @@ class RateLimitedError(OverloadedError):
     code = "rate_limited"
 
 
-class QuotaError(OverloadedError):
+class QuotaError(RateLimitedError):
     """What a key may take on a day or in a month is used up."""
 
     type = "insufficient_quota"

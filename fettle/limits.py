@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from fettle.errors import RateLimitedError
+
 # A client that was silent may send so many seconds' worth at once.
 BURST_S = 5.0
 
@@ -42,10 +44,13 @@ class KeyLimits:
         over = self._level(now) - self.tokens_per_second * BURST_S
         return None if over < 0 else max(1, math.ceil(over / self.tokens_per_second))
 
-    def check_quota(self) -> None:
-        """Raises QuotaError if what the key may take on a day or in a month is used up."""
+    def check(self, name: str, now: float) -> None:
+        """Raises RateLimitedError, or the QuotaError among them, if no request of the key of this name may enter now."""
         if self.meter is not None:
             self.meter.check()
+        wait = self.wait_s(now)
+        if wait is not None:
+            raise RateLimitedError(f"the limits of API key {name!r} are reached; retry in {wait} s", retry_after_s=wait)
 
     def change(self, new: KeyLimits) -> None:
         """Take over other limits; what runs and was spent stays counted."""
