@@ -45,7 +45,7 @@ MODEL, FAMILY = Path("build/benchmark-models/smollm2-135m"), Path("build/benchma
 TOKENS_IN, TOKENS_OUT, STREAMS = 128, 64, 16
 LOADS = (0.3, 0.6, 0.9)
 GOOD = Objectives(ttft_ms=1000.0, tpot_ms=100.0)
-FAMILY_NAME = "lm"
+FAMILY_NAME, FAMILY_ROWS = "lm", 16
 # Random weights hardly ever end a text, but sampled tokens must not do so either.
 SAMPLED = {"temperature": 0.0, "ignore_eos": True}
 
@@ -111,17 +111,17 @@ def load(plan: LoadPlan) -> dict[str, Any]:
 
 
 def open_family(model: Path, directory: Path, variants: Sequence[str]) -> Family:
-    """Make what is missing, at as little effort as gives a family that can be served."""
+    """Make what is missing, at as little effort as gives a family that can be served: nothing is certified."""
     if not (directory / "family.json").exists():
         say(f"a family of {model}")
         data = directory.parent / f"{directory.name}.jsonl"
         data.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(TEXTS, "rt") as texts:
             data.write_text(
-                "".join(json.dumps({"text": json.loads(line)["text"]}) + "\n" for line in list(texts)[:200])
+                "".join(json.dumps({"text": json.loads(line)["text"]}) + "\n" for line in list(texts)[:FAMILY_ROWS])
             )
-        command = [sys.executable, "-m", "fettle.cli", "optimize", str(model), "--data", str(data)]
-        command += ["--out", str(directory), "--name", FAMILY_NAME, "--answer", "text", "--max-rows", "16"]
+        command = [sys.executable, "-m", "fettle.cli", "optimize", str(model), "--test", str(data)]
+        command += ["--out", str(directory), "--name", FAMILY_NAME, "--answer", "text"]
         for variant in variants:
             command += ["--recipe", variant]
         subprocess.run(command, check=True, stdout=sys.stderr)

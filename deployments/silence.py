@@ -39,6 +39,7 @@ class Patience:
                 left = left - 1 if self.there() else PARTS
         except asyncio.CancelledError:
             call.cancel()
+            call.add_done_callback(_unheard)
             raise
         self._hold(call)
         return False
@@ -59,9 +60,7 @@ class Patience:
         def ended(_: asyncio.Future[Any]) -> None:
             timer.cancel()
             self._given_up.discard(call)
-            # What it had to say is said by another by now; asyncio need not warn of it.
-            if not call.cancelled():
-                call.exception()
+            _unheard(call)
 
         call.add_done_callback(ended)
 
@@ -87,8 +86,15 @@ async def told_regularly(source: AsyncIterator[Told], every_s: float) -> AsyncGe
         if call is not None:
             call.cancel()
             await asyncio.wait((call,))
+            _unheard(call)
         if isinstance(source, AsyncGenerator):
             await source.aclose()
+
+
+def _unheard(call: asyncio.Future[Any]) -> None:
+    """Whatever it had to say, nobody waits for it any more; asyncio need not warn of that."""
+    if not call.cancelled():
+        call.exception()
 
 
 async def _next(source: AsyncIterator[Told]) -> Told | None:

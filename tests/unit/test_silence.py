@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 
 import pytest
@@ -72,6 +73,25 @@ async def test_whoever_stops_waiting_cancels_the_call():
     waiting.cancel()
     await asyncio.wait((waiting, call))
     assert call.cancelled()
+
+
+async def test_what_a_call_says_after_nobody_waits_is_not_complained_of():
+    said: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+
+    async def answers_a_cancellation() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ValueError("cancelled over there") from None
+
+    waiting = asyncio.create_task(Patience(LONG_S, lambda: True).wait(asyncio.ensure_future(answers_a_cancellation())))
+    await asyncio.sleep(SOON_S)
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    await asyncio.sleep(SOON_S)
+    gc.collect()
+    assert said == []
 
 
 async def test_a_source_that_has_nothing_is_heard_of_all_the_same():
