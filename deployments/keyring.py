@@ -15,8 +15,9 @@ from pathlib import Path
 
 from deployments.router import Client
 from fettle import keys
-from fettle.config import KeyTerms, ServeConfig
+from fettle.config import ServeConfig
 from fettle.errors import AuthError, KeyFileError
+from fettle.key_terms import KeyTerms
 from fettle.keys import KeyRecord
 from fettle.limits import KeyLimits
 from fettle.usage import Meter, Usage

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from fettle.key_terms import KeyConfig as KeyConfig
 from fettle.manifest import Identifier, TaskKind
 
 Device = Literal["cpu", "cuda"]
@@ -249,15 +250,6 @@ class TracingConfig(Settings):
     share: Share = Field(default=0.01, description="of the requests that come without a trace of their own")
 
 
-class KeyTerms(Settings):
-    """What the holder of an API key may take. Backlogged keys share the machine by their weights."""
-
-    name: Identifier
-    weight: float = Field(default=1.0, gt=0)
-    max_concurrent: int | None = Field(default=None, ge=1, description="requests at a time")
-    tokens_per_second: float | None = Field(default=None, gt=0, description="on average; bursts of a few seconds pass")
-
-
 Step = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -290,12 +282,6 @@ class RolloutConfig(Settings):
         if sorted(set(steps)) != steps:
             raise ValueError("steps must grow, such as [0.05, 0.25, 0.5]")
         return steps
-
-
-class KeyConfig(KeyTerms):
-    """An API key in the configuration itself, which is then a secret."""
-
-    key: Annotated[str, StringConstraints(min_length=8)] = Field(repr=False)
 
 
 class FamilyConfig(Settings):

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from fettle.errors import FettleError, UsageError
 
 if TYPE_CHECKING:
-    from fettle.config import Settings
+    from pydantic import BaseModel
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -40,7 +40,7 @@ class Commands(TyperGroup):
             fail("interrupted", INTERRUPTED)
 
 
-def checked(model: type[Settings], /, **values: Any) -> Any:
+def checked(model: type[BaseModel], /, **values: Any) -> Any:
     """A configuration from the command line; what is wrong with it in one line."""
     from pydantic import ValidationError
 

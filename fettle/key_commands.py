@@ -47,7 +47,7 @@ def create(
     Example: `fettle keys create search --tokens-per-day 2000000 --expires 90d`
     """
     from fettle import keys
-    from fettle.config import KeyTerms
+    from fettle.key_terms import KeyTerms
 
     terms: KeyTerms = checked(
         KeyTerms, name=name, weight=weight, max_concurrent=max_concurrent, tokens_per_second=tokens_per_second

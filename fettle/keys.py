@@ -21,9 +21,9 @@ from typing import Literal
 
 from pydantic import AwareDatetime, Field, ValidationError, model_validator
 
-from fettle.config import KeyTerms
 from fettle.errors import KeyFileError
 from fettle.family import describe_validation
+from fettle.key_terms import KeyTerms
 from fettle.schema import Sha256, Strict
 from fettle.store import locked
 

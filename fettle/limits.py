@@ -45,7 +45,7 @@ class KeyLimits:
         return None if over < 0 else max(1, math.ceil(over / self.tokens_per_second))
 
     def check(self, name: str, now: float) -> None:
-        """Raises RateLimitedError, or the QuotaError among them, if no request of the key of this name may enter now."""
+        """Raises RateLimitedError, or QuotaError, which is one, if no request of this key may enter now."""
         if self.meter is not None:
             self.meter.check()
         wait = self.wait_s(now)

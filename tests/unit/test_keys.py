@@ -16,9 +16,9 @@ from deployments.keyring import Keyring
 from deployments.router import Client
 from fettle import keys
 from fettle.cli import app
-from fettle.config import KeyTerms
 from fettle.errors import AuthError, KeyFileError
 from fettle.family import Family
+from fettle.key_terms import KeyTerms
 from fettle.keys import KeyRecord, NewKey, Quotas
 from fettle.limits import KeyLimits
 from fettle.usage import Usage
