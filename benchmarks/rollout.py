@@ -167,9 +167,10 @@ def roll(running: Service, new: Path) -> dict[str, Any]:
         text=True,
         check=False,
     )
-    if not done.stdout:
-        return {"verdict": f"no verdict: {done.stderr[-500:]}"}
-    [view] = json.loads(done.stdout)["rollouts"]
+    answers = [line for line in done.stdout.splitlines() if line.startswith('{"rollouts"')]
+    if not answers:
+        return {"verdict": f"no verdict: {done.stdout[-500:]} {done.stderr[-500:]}"}
+    [view] = json.loads(answers[-1])["rollouts"]
     position = view["position"]
     new_side = [tally["new"] for tally in view["tallies"].values()]
     return {

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -148,7 +149,9 @@ def connected(address: str | None) -> Iterator[None]:
     import ray
 
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
+        # What Ray says is no result of a command.
+        with redirect_stdout(sys.stderr):
+            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UnavailableError(f"no running Ray could be reached: {error}; give its --address") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
