@@ -163,7 +163,8 @@ class Demand:
         return {
             "work_s": wanted.work_s,
             "rows": wanted.rows,
-            "backlog_s": batcher.backlog_s * batcher.speed.replicas,
+            # In seconds of one replica, and only what waits: slow rows that are under way need nobody else.
+            "backlog_s": batcher.queue.waiting_ms * batcher.speed.pace / 1000,
             "waiting": float(missed or gaps > 0 or batcher.depth > 0 or batcher.running > 0),
             "batches": float(batcher.stats.batches),
         }

@@ -48,7 +48,7 @@ class Load:
     """One deployment as it was observed.
 
     `running` replicas of `wanted`; the rest starts. `rate` and `recent`: work that came, in replica-seconds a second,
-    over LONG_S and over SHORT_S, the second as far as it is certain (`certain`). `backlog_s`: work that is there, in
+    over LONG_S and over SHORT_S, the second as far as it is certain (`certain`). `backlog_s`: work that waits, in
     replica-seconds. `waiting`: something is there that no replica has begun.
     """
 
@@ -202,7 +202,7 @@ def _why_more(load: Load, need: float, config: AutoscaleConfig) -> tuple[Cause, 
     drain = load.backlog_s / config.drain_s
     share = f"at {100 * config.target_utilisation:g} %"
     if drain > need / 2:
-        return "backlog", f"{load.backlog_s:.1f} s of work are there, to be done in {config.drain_s:g} s"
+        return "backlog", f"{load.backlog_s:.1f} s of work wait, to be done in {config.drain_s:g} s"
     if load.recent > load.rate:
         return "burst", f"work for {need:.1f} came in the last {SHORT_S:g} s, {share}"
     return "arrivals", f"work comes for {need:.1f}, {share}"

@@ -120,6 +120,11 @@ class Queue:
         """Predicted work of all entries of this priority that are not settled, under way included."""
         return math.fsum(self._outstanding[priority].values())
 
+    @property
+    def waiting_ms(self) -> float:
+        """Predicted work of the INTERACTIVE entries that wait, what is under way left out."""
+        return math.fsum(entry.cost_ms for entry in self._waiting[Priority.INTERACTIVE])
+
     def push(self, entry: Entry) -> None:
         """Queue a row, or one that came back."""
         if entry in self._admitted:
