@@ -143,8 +143,13 @@ def update(running: Service, config: ServeConfig) -> dict[str, Any]:
     """Deploy anew, from a process of its own, and wait until the routers are new ones."""
     before = {process.pid for process in running.replicas("RouterIngress")}
     code = (
-        "import sys; from deployments.server import connected, redeploy; from fettle.config import ServeConfig\n"
-        "with connected(sys.argv[1]): redeploy(ServeConfig.model_validate_json(sys.argv[2]))"
+        "import sys; from deployments.server import connected, redeploy; from deployments.versions import ask_monitor\n"
+        "from fettle.config import ServeConfig\n"
+        "with connected(sys.argv[1]):\n"
+        # What the service gave itself when it started.
+        "    secret = ask_monitor('fettle', 'served').proxy_secret_file\n"
+        "    config = ServeConfig.model_validate_json(sys.argv[2])\n"
+        "    redeploy(config.model_copy(update={'proxy_secret_file': secret}))"
     )
     subprocess.run([sys.executable, "-c", code, running.address, config.model_dump_json()], check=True)
     deadline = time.monotonic() + SETTLED_WITHIN_S

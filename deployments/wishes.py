@@ -20,7 +20,7 @@ def wishes_of(request: Request, body: schemas.Wished) -> Wishes:
         priority=body.priority,
         timeout_s=_timeout_s(request),
         explain=isinstance(body, schemas.Explained) and body.explain,
-        session=request.headers.get("x-session-id"),
+        session=request.headers.get("x-fettle-session"),
         trace=request.scope.get(TRACE),
     )
 

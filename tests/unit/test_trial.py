@@ -80,7 +80,7 @@ async def test_the_share_goes_to_the_new_version_and_a_session_to_one(tmp_path: 
     seen = {(await running.ask())["family"] for _ in range(40)}
     assert seen == {"sections", running.trial.new.name}
     by_session = {
-        name: {(await running.ask(**{"x-session-id": name}))["family"] for _ in range(5)} for name in "abcdefgh"
+        name: {(await running.ask(**{"x-fettle-session": name}))["family"] for _ in range(5)} for name in "abcdefgh"
     }
     assert all(len(families) == 1 for families in by_session.values())
     at_new = {name for name, families in by_session.items() if families != {"sections"}}
