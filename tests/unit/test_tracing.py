@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -20,6 +15,7 @@ from deployments.tickets import Ticket, traces_of
 from deployments.tracing import Tracer, at_replica, open_tracer
 from fettle.config import TracingConfig
 from fettle.rows import Exits, Outputs, Rows
+from tests.collector import collector, spans_of
 from tests.fakes import FakeVariant, make_fake_family, make_point, make_step, token_id
 from tests.inprocess import EngineSlots, client_of, make_router, slots_of
 
@@ -164,35 +160,6 @@ def test_without_an_endpoint_there_is_no_tracer():
     assert open_tracer(TracingConfig()) is None
 
 
-@contextmanager
-def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
-    """A real endpoint for OTLP over HTTP, on this machine."""
-    got: list[ExportTraceServiceRequest] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            if self.headers.get("content-encoding") == "gzip":
-                import gzip
-
-                body = gzip.decompress(body)
-            got.append(ExportTraceServiceRequest.FromString(body))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            return
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1/traces", got
-    finally:
-        server.shutdown()
-        thread.join()
-
-
 async def test_spans_arrive_at_the_endpoint(family):
     with collector() as (url, got):
         tracer = open_tracer(TracingConfig(endpoint=url, share=1.0))
@@ -201,8 +168,7 @@ async def test_spans_arrive_at_the_endpoint(family):
         await ask(app)
         assert tracer.provider.force_flush()
         tracer.provider.shutdown()
-    spans = [span for request in got for each in request.resource_spans for scope in each.scope_spans
-             for span in scope.spans]  # fmt: skip
+    spans = spans_of(got)
     assert {span.name for span in spans} == {"POST /classify", "tokenize", "step", "queue", "inference"}
     [resource] = {
         attribute.value.string_value
