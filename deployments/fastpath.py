@@ -27,6 +27,9 @@ FAST = {
     "RAY_worker_niceness": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # The fast path keeps a thousand lines of log back, for the sake of access logs. Without these, what is logged is
+    # seldom, and an operator looks for it now.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
     # A router that dies without a reply costs a retry at another one: asking a model twice changes nothing.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # The kernel answers for a router that is busy; one that does not within a second is cut off.
