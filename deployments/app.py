@@ -116,7 +116,12 @@ class RouterIngress:
         tracer = open_tracer(config.tracing)
         self._api = build_api(made, self._keyring, TextRouter(made), proxy_secret_of(config), tracer)
         self._fleet = Fleet()
-        self._metrics = RouterMetrics(made, self._fleet, Exporter(), config.replicas.max_replicas)
+        most = {
+            (name, variant): replicas_of(config, name, variant).max_replicas
+            for name in handles
+            for variant in handles[name]
+        }
+        self._metrics = RouterMetrics(made, self._fleet, Exporter(), most)
         self._watch, self._demands = watch, demands_of(handles, families)
         self._followed = followers(followed, self._demands)
         if kept and config.replicas.min_replicas:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 
 from deployments import metrics
 from deployments.exporter import EVERY_S, Exporter
@@ -26,10 +27,13 @@ PART_METRICS = (metrics.TOKENIZE_SECONDS, metrics.QUEUE_SECONDS, metrics.INFEREN
 class RouterMetrics:
     """See the module; `tell` is all of it, once."""
 
-    def __init__(self, router: Router, fleet: Fleet, exporter: Exporter, most_replicas: int = 1) -> None:
+    def __init__(
+        self, router: Router, fleet: Fleet, exporter: Exporter, most: Mapping[tuple[str, str], int] | None = None
+    ) -> None:
+        """`most`: how many replicas the configuration allows, by family and variant."""
         self._router = router
         self._fleet = fleet
-        self._most = most_replicas
+        self._most = most or {}
         self._to = exporter
         self._lag_s = 0.0
 
@@ -86,7 +90,7 @@ class RouterMetrics:
         standing = self._fleet.of(family, variant, version)
         to.level(metrics.REPLICAS, labels, float(standing.running))
         to.level(metrics.WANTED, labels, float(standing.wanted))
-        to.level(metrics.MOST, labels, float(self._most))
+        to.level(metrics.MOST, labels, float(self._most.get(labels, 1)))
         to.total(metrics.STARTED, labels, standing.started)
 
     def _requests(self, family: str, counts: Counts) -> None:

@@ -185,7 +185,7 @@ async def test_a_router_tells_what_it_did(tmp_path):
         "fake", Generated("ref", ["stop", "length"], 9, 4, ["small"], first_ms=30.0, token_ms=5.0)
     )
     router.journal.count(429, "overloaded")
-    told = RouterMetrics(router, fleet, Exporter(seen.instrument))
+    told = RouterMetrics(router, fleet, Exporter(seen.instrument), {("fake", "small"): 3})
     told.tell()
     told.tell()
     # The class that requests get here is exact: nothing is certified at 1 %.
@@ -198,6 +198,7 @@ async def test_a_router_tells_what_it_did(tmp_path):
     assert seen.value("fettle_attempts_given_up", family="fake", variant="small") == 1
     assert seen.value("fettle_replicas", family="fake", variant="small") == 2
     assert seen.value("fettle_replica_starts", family="fake", variant="small") == 3
+    assert seen.value("fettle_replicas_most", family="fake", variant="small") == 3
     assert seen.value("fettle_batch_rows_count", family="fake", variant="ref") >= 1
     assert seen.value("fettle_batch_rows_sum", family="fake", variant="ref") == 2
     assert seen.value("fettle_request_seconds_count", family="fake", **{"class": "exact"}) == 1
