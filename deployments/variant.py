@@ -117,7 +117,8 @@ class ReplicaSlots:
     and 1.5 ms of CPU on two cores; and what a full replica refuses, Ray's handle sends to another anyway.
     `share` is this router's part of each replica's `places`, since routers know nothing of each other; it changes as
     routers come and go.
-    A call that is given up keeps its place, here and at the replica, so that what is done again goes elsewhere.
+    A call that is given up keeps its place at the replica, so that what is done again goes elsewhere; and as many
+    replicas as such calls fill are not counted on.
     """
 
     def __init__(
@@ -128,13 +129,18 @@ class ReplicaSlots:
         self._handle = handle
         self._places = places
         self._taken = 0
+        self._given_up = 0
         self._freed = asyncio.Event()
         self._patience = Patience(stuck_after_s, lambda: self.replicas > 0)
 
     @property
     def capacity(self) -> int:
-        """At least one: a deployment that was scaled to zero comes back because a batch waits for it at its handle."""
-        return max(1, math.ceil(self.replicas * self._places * self.share))
+        """Calls at a time. One where there is no replica: a deployment that was scaled to zero comes back because a
+        batch waits for it at its handle.
+        """
+        silent = math.ceil(self._given_up / self._places)
+        speaking = max(0, self.replicas - silent)
+        return max(0 if silent else 1, math.ceil(speaking * self._places * self.share))
 
     def resize(self, replicas: int) -> None:
         """Tell how many replicas are running now."""
@@ -153,13 +159,15 @@ class ReplicaSlots:
         try:
             yield slot
         finally:
-            if slot.given_up is None:
-                self._free()
-            else:
-                slot.given_up.add_done_callback(lambda _: self._free())
+            self._taken -= 1
+            if slot.given_up is not None:
+                self._given_up += 1
+                slot.given_up.add_done_callback(self._ended)
+            self._freed.set()
 
-    def _free(self) -> None:
-        self._taken -= 1
+    def _ended(self, _: asyncio.Future[Reply]) -> None:
+        """Of a call that was given up."""
+        self._given_up -= 1
         self._freed.set()
 
 

@@ -106,3 +106,22 @@ async def test_a_call_waits_for_a_first_replica_however_long_that_takes():
     assert not task.done()
     call.set_result(REPLY)
     assert (await task).infer_ms == 1.0
+
+
+async def test_silent_calls_do_not_keep_a_router_from_the_replicas_that_speak():
+    """Two replicas of two places, of which this router has half: both of its calls went to the silent one."""
+    handle = Handle()
+    slots = ReplicaSlots(handle, places=2, share=0.5, stuck_after_s=SHORT_S)  # type: ignore[arg-type]
+    slots.resize(2)
+    assert slots.capacity == 2
+    lost = [asyncio.create_task(run(slots)) for _ in range(2)]
+    for task in lost:
+        with pytest.raises(SlotLostError):
+            await task
+    assert slots.capacity == 1
+    again = asyncio.create_task(run(slots))
+    (await called(handle, 3)).set_result(REPLY)
+    assert (await again).infer_ms == 1.0
+    slots.resize(1)
+    await asyncio.sleep(0.01)
+    assert slots.capacity == 1
