@@ -171,7 +171,7 @@ class Network:
     directory: Path
     subnet: str = "10.217.61"
     hosts: dict[str, Host] = field(default_factory=dict)
-    connected: bool = False
+    forwarding: str | None = None
 
     @property
     def bridge(self) -> str:
@@ -201,12 +201,13 @@ class Network:
 
     def connect(self) -> None:
         """Let the hosts reach what this machine reaches. Takes iptables."""
-        FORWARDING.write_text("1\n")
         call("iptables", "-t", "nat", "-A", *self._behind_us)
-        self.connected = True
+        self.forwarding = FORWARDING.read_text()
+        FORWARDING.write_text("1\n")
 
     def __exit__(self, *_: object) -> None:
-        if self.connected:
+        if self.forwarding is not None:
+            FORWARDING.write_text(self.forwarding)
             subprocess.run(["iptables", "-t", "nat", "-D", *self._behind_us], capture_output=True, check=False)
         for host in self.hosts.values():
             host.kill()
