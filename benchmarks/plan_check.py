@@ -5,9 +5,9 @@
 A group is one service: replicas of each variant and their threads. Before its loads, what things cost on this machine
 at this moment is measured: each engine alone in as many processes as there are cores, and of the serving path the
 processor time of a request, a batch and an idle second, with one pinned variant. Then each configuration of the group
-meets the same open loop by `fettle bench` and in simulation: five steady rates one after the other. The throughput at
-the objective is where p99 crosses it; p99 is compared at the second rate. The client's own time is simulated too, since
-it shares the cores.
+meets the same open loop by `fettle bench` and in simulation: five rates around the predicted capacity, one after the
+other. The throughput at the objective is where p99 crosses it; p99 is compared at the second rate. The client's own
+time is simulated too, since it shares the cores.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ from fettle.config import ServeConfig
 from fettle.family import Family
 from fettle.latency import estimate_ms
 from fettle.plan.cell import Cell, ServingCosts, Setup
-from fettle.plan.sizing import percentile
+from fettle.plan.sizing import Objective, capacity, percentile
 from fettle.plan.workload import mixed
 from fettle.rows import Rows
 from fettle.tokenizer import Tokenizer
 
 LOG = Path("build/benchmark-logs/plan-check.log")
 PINNED = "onnx-int8"
-RATES = (0.45, 0.6, 0.75, 0.9, 1.05)
+# Of the predicted capacity, so that the measured one is found where it is not far from it.
+RATES = (0.5, 0.7, 0.9, 1.1, 1.3)
 COMPARED = 1
 OBJECTIVE_MS = 250.0
 RATE_WITHIN, P99_WITHIN = 0.15, 0.25
@@ -117,7 +118,7 @@ def run_group(group: str, family: Family, cores: int, options: argparse.Namespac
             say(json.dumps(asdict(found)))
             setups = {mix: setup_of(family, mix, config, replicas, lengths, found, cores) for mix in mixes}
             for mix, setup in setups.items():
-                rate = fluid_rate(setup, cores)
+                rate = capacity(setup, Objective(OBJECTIVE_MS), requests=500)
                 say(f"{group}: {mix}, up to {RATES[-1] * rate:.0f} requests/s")
                 measured.append(measured_load(server, plan, setup, mix, rate, options.seconds, cores))
     rows = []
@@ -270,13 +271,6 @@ def setup_of(
     return Setup(
         family, mixed(mix_of(mix)), counts, lengths, config, found.costs, float(cores), found.paces, found.client_ms
     )
-
-
-def fluid_rate(setup: Setup, cores: int) -> float:
-    """Requests a second that the cores have time for, in the gear that a class rests in, with batches of four."""
-    probe = Cell(setup).run(((number / 20.0, number % len(setup.asked), number) for number in range(10**6)), 20.0)
-    spent = sum(value for value in probe.busy.values()) / 20.0
-    return 0.95 * (cores - setup.costs.background) / spent
 
 
 def steps(rate: float, seconds: float) -> Profile:
