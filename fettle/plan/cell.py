@@ -31,7 +31,10 @@ from fettle.scheduling import BatchBounds
 
 @dataclass(frozen=True, slots=True)
 class ServingCosts:
-    """Processor ms of the serving path, beside the engines' own time; measured by `benchmarks.plan_check`.
+    """Processor ms of the serving path, beside the engines' own time.
+
+    `benchmarks.plan_check` measures them on a machine. The defaults of `batch` and `replica` are from one such run on two
+    cores of an AMD EPYC (Zen 5); the others are estimates.
 
     `proxy`: HAProxy, a request; `intake`: the router until a request is queued; `reply`: from an answer until it is
     sent; `batch`: the router, a batch, both ways; `replica`: a replica, a batch, beside its engine. `wire` is no work
@@ -41,8 +44,8 @@ class ServingCosts:
     proxy: float = 0.15
     intake: float = 0.55
     reply: float = 0.35
-    batch: float = 1.2
-    replica: float = 1.2
+    batch: float = 2.4
+    replica: float = 2.35
     wire: float = 0.4
     background: float = 0.08
 
