@@ -230,7 +230,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         engine = row["engine_tokens_per_s"]
         for name, found in {f"{STREAMS} streams": row["streams"], **row["loads"]}.items():
             share = f"{found['tokens_per_s'] / engine:.0%}" if engine and "streams" in name else ""
-            parts = [found[part] for part in ("ttft_ms", "tpot_ms", "inter_token_ms")] + [found]
+            # Nothing was answered, or nothing in more than one piece, where one is missing.
+            parts = [found.get(part, {}) for part in ("ttft_ms", "tpot_ms", "inter_token_ms")] + [found]
             times = [f"{part['p50_ms']} / {part['p99_ms']}" for part in parts]
             made.add_row(
                 row["system"],

@@ -51,7 +51,8 @@ class Generator:
         memory_bytes: for keys and values.
         max_slots: generations that decode together, at most.
         chunk: prompt tokens of a step, while others decode.
-        speculation: drafts tokens for generations that decode alone; None for no such thing.
+        speculation: drafts tokens for generations that decode alone; None for no such thing. Sampled texts, whose
+            tokens are harder to guess, have its like for themselves, with the same drafters.
     """
 
     runner: Runner
@@ -62,6 +63,7 @@ class Generator:
     stats: GeneratorStats = field(default_factory=GeneratorStats)
     _slots: Slots = field(init=False)
     _sampler: Sampler = field(init=False)
+    _sampled_speculation: Speculation | None = field(init=False)
     _sequences: dict[str, Sequence] = field(default_factory=dict)
     _submitted: int = 0
 
@@ -74,6 +76,7 @@ class Generator:
             raise EngineError(f"{self.memory_bytes} bytes hold no keys and values; give at least some megabytes")
         self._slots = Slots(tokens, min(tokens, spec.context), self.max_slots)
         self._sampler = Sampler(self.runner.manifest.task.width)
+        self._sampled_speculation = None if self.speculation is None else Speculation(self.speculation.drafters)
 
     @property
     def context(self) -> int:
@@ -259,8 +262,9 @@ class Generator:
         alive = list(self._slots.alive)
         if not alive:
             return []
-        if len(alive) == 1 and self.speculation is not None:
-            drafted = self._verify(alive[0], self.speculation)
+        speculation = self._speculation_for(alive)
+        if speculation is not None:
+            drafted = self._verify(alive[0], speculation)
             if drafted is not None:
                 return drafted
         started = time.perf_counter()
@@ -273,12 +277,17 @@ class Generator:
         self.stats.decode_s += took
         self.stats.decode_steps += 1
         self.stats.decode_rows += len(alive)
-        if len(alive) == 1 and self.speculation is not None:
-            self.speculation.decoded(took)
+        if speculation is not None:
+            speculation.decoded(took)
         for sequence in alive:
             sequence.fed += 1
         outcomes = self._sampler.sample(logits, [sequence.draw for sequence in alive])
         return [self._told(each, outcome) for each, outcome in zip(alive, outcomes, strict=True)]
+
+    def _speculation_for(self, alive: Items[Sequence]) -> Speculation | None:
+        if len(alive) != 1:
+            return None
+        return self.speculation if alive[0].prompt.sampling.greedy else self._sampled_speculation
 
     def _one_by_one(self, alive: Items[Sequence], error: EngineError) -> list[Step]:
         """One row may have been at fault, so that each tries alone; of one, it was."""
