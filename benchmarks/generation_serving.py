@@ -77,7 +77,7 @@ def main() -> None:
         rate = rate or row["streams"]["rps"]
         rows.append(row | {"engine_tokens_per_s": offline.get(system.name.removeprefix("fettle "))})
     if not options.json:
-        Console(width=120).print(table(rows))
+        Console(width=140).print(table(rows))
     settings = {"tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "streams": STREAMS, "model": model.name}
     print(json.dumps({"benchmark": "generation_serving", "hardware": machine, "settings": settings, "systems": rows}))
 
@@ -229,15 +229,16 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         engine = row["engine_tokens_per_s"]
         for name, found in {f"{STREAMS} streams": row["streams"], **row["loads"]}.items():
-            share = f"{found['tokens_per_s'] / engine:.0%}" if engine and "streams" in name else ""
-            # Nothing was answered, or nothing in more than one piece, where one is missing.
+            # What is missing: nothing was answered.
+            tokens = found.get("tokens_per_s", 0.0)
+            share = f"{tokens / engine:.0%}" if engine and "streams" in name else ""
             parts = [found.get(part, {}) for part in ("ttft_ms", "tpot_ms", "inter_token_ms")] + [found]
-            times = [f"{part['p50_ms']} / {part['p99_ms']}" for part in parts]
+            times = [f"{part.get('p50_ms')} / {part.get('p99_ms')}" for part in parts]
             made.add_row(
                 row["system"],
                 name,
                 str(found["rps"]),
-                str(found["tokens_per_s"]),
+                str(tokens),
                 share,
                 *times,
                 str(found["goodput_rps"]),

@@ -33,8 +33,8 @@ from fettle.scheduling import BatchBounds
 class ServingCosts:
     """Processor ms of the serving path, beside the engines' own time.
 
-    `benchmarks.plan_check` measures them on a machine. The defaults of `batch` and `replica` are from one such run on two
-    cores of an AMD EPYC (Zen 5); the others are estimates.
+    `benchmarks.plan_check` measures them on a machine. The defaults of `batch` and `replica` are from one such run on
+    two cores of an AMD EPYC (Zen 5); the others are estimates.
 
     `proxy`: HAProxy, a request; `intake`: the router until a request is queued; `reply`: from an answer until it is
     sent; `batch`: the router, a batch, both ways; `replica`: a replica, a batch, beside its engine. `wire` is no work
