@@ -12,7 +12,7 @@ import pytest
 from deployments.fastpath import free_port
 from tests.integration.service import KEPT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS, STREAMS = 16, 4

@@ -351,7 +351,13 @@ def test_so_many_requests_as_a_table(constant):
 def test_ctrl_c_prints_what_was_measured_so_far(constant):
     command = [sys.executable, "-m", "fettle.cli", "bench", f"{constant}/classify", "--rate", "50", "--seconds", "600"]
     with subprocess.Popen(
-        [*command, "--warm-up", "0.1"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--warm-up", "0.1"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has them ignore it, and what they start with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         # The second line of progress comes after the window has opened.
         assert running.stderr is not None
