@@ -214,7 +214,6 @@ def _spec(command: Sequence[str], port: int, model: str) -> ServerSpec:
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     made = Table(f"{TOKENS_IN} tokens in, {TOKENS_OUT} out; ms at p50 / p99")
     for name in (
-        "system",
         "load",
         "requests/s",
         "tokens/s",
