@@ -38,7 +38,7 @@ from deployments.text_variant import ReplicaStreams, TextOptions, TextVariant
 from deployments.tracing import open_tracer
 from deployments.trial import Trial
 from deployments.variant import Followed, ReplicaSlots, Variant, await_replicas, follow_replicas
-from deployments.versions import Version, least_replicas, rollout_of, still_asked, versions_of
+from deployments.versions import Version, least_replicas, still_asked, versions_of
 from deployments.watch import Watch
 from fettle import __version__, latency, policy
 from fettle.config import FamilyConfig, ServeConfig, StoreConfig, TextConfig
@@ -80,7 +80,8 @@ class RouterIngress:
         """`kept`: replicas that only the routers before this one ask; there are some while a service is replaced."""
         followed: dict[str, Followed] = {}
         families = {}
-        for version in versions_of(config):
+        versions = versions_of(config)
+        for version in versions:
             name, family = version.name, version.family
             shares = work_shares(family, handles[name])
             batchers: dict[str, Queued] = {}
@@ -105,8 +106,8 @@ class RouterIngress:
 
         router, telemetry = uuid.uuid4().hex[:8], Telemetry()
         trials = {
-            version.stable: Trial(families[version.stable], families[version.name], rollout_of(config, version))
-            for version in versions_of(config)
+            version.stable: Trial(families[version.stable], families[version.name], version.rollout)
+            for version in versions
             if version.stable is not None
         }
         usage = Usage()
@@ -128,7 +129,7 @@ class RouterIngress:
             # The routers before this one answer until it can. A new version is waited for by its rollout.
             needed = [
                 handle.deployment_name
-                for version in versions_of(config)
+                for version in versions
                 for variant, handle in handles[version.name].items()
                 if version.stable is None and replicas_of(config, version.name, variant).min_replicas
             ]
@@ -162,16 +163,14 @@ def build(args: ServeConfig) -> Application:
     cpu_nodes = config.cpu_nodes or (config.cpu_nodes is None and has_cpu_nodes(nodes))
     handles = {
         version.name: {
-            variant: deployment(
-                version, variant, config, cpu_nodes=cpu_nodes, least=least_replicas(config, version, variant)
-            )
+            variant: deployment(version, variant, config, cpu_nodes=cpu_nodes, least=least_replicas(version, variant))
             for variant in served_variants(version.settings, version.family)
         }
         for version in versions
     }
     named = {_name(each) for variants in handles.values() for each in variants.values()}
     kept = []
-    for version, running in still_asked(config):
+    for version, running in still_asked(versions):
         for variant in served_variants(version.settings, version.family):
             old = deployment(version, variant, running, cpu_nodes=cpu_nodes, kept=True)
             if _name(old) not in named:

@@ -20,6 +20,7 @@ from deployments.flights import Flights
 from deployments.histogram import SIZES, size_of
 from deployments.slots import CostModel, Slot, SlotLostError, Slots
 from deployments.tickets import Answered, Leg, Terms, Ticket, traces_of
+from fettle.costs import LEAD
 from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
 from fettle.points import NEVER as NO_EXIT
 from fettle.points import Gates
@@ -30,8 +31,6 @@ logger = logging.getLogger("ray.serve")
 
 MAX_LOSSES = 5
 RESERVE_AGAIN_S = 0.05
-# How many times the time of a call a batch leaves before a replica is free for it.
-LEAD = 1.5
 # Rows below INTERACTIVE look for a gap this often.
 GAP_AGAIN_S = 0.02
 

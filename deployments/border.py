@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from deployments.haproxy import SECRET_HEADER
 from deployments.journal import Journal
 from deployments.keyring import Keyring
-from deployments.notes import id_of, note_error, note_if_slow, subject, traced
+from deployments.notes import header_of, id_of, note_error, note_if_slow, subject, traced
 from deployments.router import ANYBODY, Client
 from deployments.schemas import ErrorReply
 from deployments.tracing import Tracer
@@ -289,15 +289,13 @@ class Api(FastAPI):
             raise ForbiddenError("this port is the proxy's alone; use the service's own address")
         if self._keyring.is_open or scope["path"] in OPEN_PATHS:
             return ANYBODY
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, offered = given.partition(b" ")
+        scheme, _, offered = header_of(scope, b"authorization").partition(b" ")
         return self._keyring.find(offered if scheme.lower() == b"bearer" else b"")
 
     def _came_through_proxy(self, scope: Scope) -> bool:
         if self._proxy_secret is None:
             return True
-        given = next((value for name, value in scope["headers"] if name == PROXY_HEADER), b"")
-        return hmac.compare_digest(given, self._proxy_secret)
+        return hmac.compare_digest(header_of(scope, PROXY_HEADER), self._proxy_secret)
 
 
 def client_of(request: Request) -> Client:

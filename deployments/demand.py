@@ -72,8 +72,9 @@ class Demand:
 
     def text_comes(self, way: Way, work_ms: Sequence[float]) -> None:
         """A call for text, which takes so much at each variant of the way that it reaches."""
-        work = [reach * ms / 1000 for reach, ms in zip(self.reach(way), work_ms, strict=True)]
-        for stretch, reach, seconds in zip(way.stretches, self.reach(way), work, strict=True):
+        reached = self.reach(way)
+        work = [reach * ms / 1000 for reach, ms in zip(reached, work_ms, strict=True)]
+        for stretch, reach, seconds in zip(way.stretches, reached, work, strict=True):
             self._add(stretch.step.variant, seconds, reach)
         self._note(way, work)
 

@@ -51,9 +51,9 @@ class Journal:
 
     def failed(self, error: FettleError, id: str, **facts: Fact) -> None:
         """A reply with an error; of bugs and broken engines as an error, of all that is the client's or load's not."""
-        self.count(error.status, error.code or error.type)
-        level = logging.ERROR if error.status >= 500 and error.status != 504 else logging.WARNING
         kind = error.code or error.type
+        self.count(error.status, kind)
+        level = logging.ERROR if error.status >= 500 and error.status != 504 else logging.WARNING
         self._write(level, kind, shortened(error.message), request_id=id, status=error.status, code=kind, **facts)
 
     def count(self, status: int, code: str) -> None:

@@ -19,6 +19,7 @@ from ray import serve
 
 from deployments.exporter import EVERY_S, Exporter
 from deployments.monitor_metrics import tell_points
+from deployments.reports import FORGET_AFTER_S
 from deployments.reports import MonitorReply as MonitorReply
 from deployments.reports import RouterReport as RouterReport
 from deployments.reports import TrialOrder as TrialOrder
@@ -37,9 +38,6 @@ from fettle.usage import Ledger, Used, ledger_path
 logger = logging.getLogger("ray.serve")
 
 Result = TypeVar("Result")
-
-# A router that was silent for so long is gone, and so are its queues and its part in the totals.
-FORGET_AFTER_S = 10.0
 
 
 class WatchedFamily:

@@ -38,8 +38,12 @@ def note_error(journal: Journal, scope: Scope, error: FettleError) -> None:
 
 def id_of(scope: Scope) -> str:
     """The request's id, which Serve has given to those that came without one, and echoes."""
-    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    return request_id(given.decode("latin-1"))
+    return request_id(header_of(scope, b"x-request-id").decode("latin-1"))
+
+
+def header_of(scope: Scope, name: bytes) -> bytes:
+    """The first header of this name, which is in lower case; empty if there is none."""
+    return next((value for each, value in scope["headers"] if each == name), b"")
 
 
 def subject(scope: Scope) -> dict[str, str]:
@@ -70,8 +74,8 @@ def told(response: Response) -> dict[str, str]:
 
 async def traced(tracer: Tracer, handle: Handling, scope: Scope, receive: Receive, send: Send) -> None:
     """Handle a request, as a span from here to the end of its reply if it is sampled."""
-    parent = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
-    trace = scope[TRACE] = tracer.begin(f"POST {scope['path']}", parent)
+    parent = header_of(scope, b"traceparent").decode("latin-1")
+    trace = scope[TRACE] = tracer.begin(f"POST {scope['path']}", parent or None)
     if trace is None:
         await handle(scope, receive, send)
         return

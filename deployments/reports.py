@@ -10,6 +10,9 @@ from fettle.quality import Pair, Places, PointState
 from fettle.rollout import Status, Tally
 from fettle.usage import Line, Used
 
+# A router that was silent for so long is gone, and what it said with it.
+FORGET_AFTER_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class TrialReport:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import orjson
 from pydantic import ValidationError
 
-from deployments.reports import TrialOrder, TrialReport
+from deployments.reports import FORGET_AFTER_S, TrialOrder, TrialReport
 from deployments.versions import Version
 from fettle.config import RolloutConfig
 from fettle.errors import QualityError, UsageError
@@ -23,9 +23,6 @@ from fettle.schema import Strict
 from fettle.store import sha256_bytes, write_atomic
 
 logger = logging.getLogger("ray.serve")
-
-# A router that was silent for so long is gone: nobody waits for it to be ready.
-FORGET_AFTER_S = 10.0
 
 
 class Record(Strict):

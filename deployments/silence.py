@@ -73,7 +73,7 @@ async def told_regularly(source: AsyncIterator[Told], every_s: float) -> AsyncGe
     call: asyncio.Future[Told | None] | None = None
     try:
         while True:
-            call = call or asyncio.ensure_future(_next(source))
+            call = call or asyncio.ensure_future(next_of(source))
             done, _ = await asyncio.wait((call,), timeout=every_s)
             if not done:
                 yield None
@@ -97,5 +97,6 @@ def _unheard(call: asyncio.Future[Any]) -> None:
         call.exception()
 
 
-async def _next(source: AsyncIterator[Told]) -> Told | None:
+async def next_of(source: AsyncIterator[Told]) -> Told | None:
+    """What it has next; None at its end."""
     return await anext(source, None)

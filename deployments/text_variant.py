@@ -11,11 +11,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from ray import serve
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 from tokenizers import Tokenizer as FastTokenizer
 
 from deployments.exporter import EVERY_S, Exporter
-from deployments.silence import Patience, told_regularly
+from deployments.silence import Patience, next_of, told_regularly
 from deployments.slots import SlotLostError
 from deployments.text_engine import TextEngine
 from deployments.text_metrics import tell_generator
@@ -158,7 +158,7 @@ class ReplicaStreams:
         try:
             with losses():
                 while True:
-                    call = asyncio.ensure_future(_next(stream))
+                    call = asyncio.ensure_future(next_of(stream))
                     if not await self._patience.wait(call):
                         given_up = True
                         call.add_done_callback(lambda _: stream.cancel())
@@ -171,8 +171,3 @@ class ReplicaStreams:
         finally:
             if not given_up:
                 stream.cancel()
-
-
-async def _next(stream: DeploymentResponseGenerator[list[Bit]]) -> list[Bit] | None:
-    """What the stream has next; None at its end."""
-    return await anext(stream, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from threading import Thread
@@ -36,16 +36,28 @@ ANSWER_WITHIN_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of a family. `name` is what requests may ask for; `stable` the name that it is to take over."""
+    """One version of a family. `name` is what requests may ask for; `old` the version that it is to take over from."""
 
     name: str
     settings: FamilyConfig
     family: Family
-    stable: str | None = None
+    old: Version | None = None
+
+    @property
+    def stable(self) -> str | None:
+        """The name that it is to take over."""
+        return None if self.old is None else self.old.name
 
     @property
     def prefix(self) -> str:
         return self.stable or self.name
+
+    @property
+    def rollout(self) -> RolloutConfig:
+        """The settings by which a new version takes over."""
+        assert self.old is not None
+        assert self.old.settings.rollout is not None
+        return self.old.settings.rollout
 
 
 def versions_of(config: ServeConfig) -> list[Version]:
@@ -61,13 +73,15 @@ def versions_of(config: ServeConfig) -> list[Version]:
         name = settings.name or family.name
         if any(version.name == name for version in found):
             raise UsageError(f"two families are called {name!r}; give one of them another name")
-        found.append(Version(name, settings, family))
+        old = Version(name, settings, family)
+        found.append(old)
         if settings.rollout is not None:
-            found.append(_new_version(name, settings, family, store.family(settings.rollout.path)))
+            found.append(_new_version(old, store.family(settings.rollout.path)))
     return found
 
 
-def _new_version(name: str, settings: FamilyConfig, family: Family, new: Family) -> Version:
+def _new_version(old: Version, new: Family) -> Version:
+    name, settings, family = old.name, old.settings, old.family
     assert settings.rollout is not None
     if new.version == family.version:
         raise UsageError(f"{settings.rollout.path} holds the version of {name!r} that is served already")
@@ -79,14 +93,7 @@ def _new_version(name: str, settings: FamilyConfig, family: Family, new: Family)
     if settings.variants is not None:
         kept = [variant for variant in settings.variants if variant in new.variants]
         own = own.model_copy(update={"variants": kept or None})
-    return Version(f"{name}@{new.version}", own, new, stable=name)
-
-
-def rollout_of(config: ServeConfig, new: Version) -> RolloutConfig:
-    """The settings by which a new version takes over."""
-    stable = next(version for version in versions_of(config) if version.name == new.stable)
-    assert stable.settings.rollout is not None
-    return stable.settings.rollout
+    return Version(f"{name}@{new.version}", own, new, old)
 
 
 def running_configs() -> Iterator[ServeConfig]:
@@ -106,24 +113,23 @@ def running_configs() -> Iterator[ServeConfig]:
             logger.warning("application %s does not say what it serves: %r", name, error)
 
 
-def least_replicas(config: ServeConfig, version: Version, variant: str) -> int:
+def least_replicas(version: Version, variant: str) -> int:
     """How many replicas a variant of a new version needs for its last step, by what runs of the old one's now.
 
     Autoscaling would come after the share has grown, and what waits meanwhile would count as slowness.
     """
-    if version.stable is None or not ray.is_initialized():
+    if version.old is None or not ray.is_initialized():
         return 0
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return 0
-    old = next(each for each in versions_of(config) if each.name == version.stable)
-    name = deployment_name(old.name, variant, old.family.version)
+    name = deployment_name(version.old.name, variant, version.old.family.version)
     wanted = [
         application["deployments"][name]["target_num_replicas"]
         for application in client.get_serve_details()["applications"].values()
         if name in application["deployments"]
     ]
-    return math.ceil(rollout_of(config, version).steps[-1] * max(wanted, default=0))
+    return math.ceil(version.rollout.steps[-1] * max(wanted, default=0))
 
 
 def is_declared(application: str) -> bool:
@@ -152,12 +158,12 @@ def last_line(message: str) -> str:
     return lines[-1] if lines else "Serve gave up starting its replicas"
 
 
-def still_asked(config: ServeConfig) -> list[tuple[Version, ServeConfig]]:
-    """The versions of running services that serve a family of `config`'s, which old routers go on asking.
+def still_asked(versions: Iterable[Version]) -> list[tuple[Version, ServeConfig]]:
+    """The versions of running services that serve a family of these, which old routers go on asking.
 
     What cannot be read any more is left out.
     """
-    names = {version.prefix for version in versions_of(config)}
+    names = {version.prefix for version in versions}
     found = []
     for running in running_configs():
         try:

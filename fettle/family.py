@@ -8,6 +8,7 @@ variants/<id>/manifest.json    VariantManifest, and the files that it lists
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,7 +60,7 @@ class Family:
     def name(self) -> str:
         return self.manifest.name
 
-    @property
+    @cached_property
     def version(self) -> str:
         """Names what is served: eight hex digits over the variants, the tokenizer and the task, not the points.
 

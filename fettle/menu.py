@@ -129,14 +129,15 @@ def _way_of(point: OperatingPoint, family: Family) -> Way:
     for number, step in enumerate(point.steps):
         here = None if answered is None else answered[number]
         gates = early_gates(step) if any(gate.threshold <= 1 for gate in step.gates[:-1]) else None
-        costs = _stage_costs(family, step)
+        costs = stage_costs(family, step)
         stretches.append(Stretch(step, reach, _work_share(costs, here, reach), gates))
         reach = reach * UNKNOWN_REACH if here is None else max(0.0, reach - sum(here))
     bound = point.certificate.upper_bound
     return Way(point.id, tuple(stretches), bound, point, fingerprint(point))
 
 
-def _stage_costs(family: Family, step: Step) -> list[float]:
+def stage_costs(family: Family, step: Step) -> list[float]:
+    """What each stage of the step's variant takes alone; equal parts where it was not measured."""
     measured = family.variant(step.variant).measured
     costs = measured.stage_cpu_ms if measured is not None else []
     return costs if len(costs) == len(step.gates) else [1.0] * len(step.gates)

@@ -22,6 +22,7 @@ from fettle.rows import Row
 from fettle.text_trace import Trace, read_traces
 from optimize import measure
 from optimize.text_trial import (
+    GREEDILY,
     REQUEST_FILE,
     RESULT_FILE,
     ROWS_FILE,
@@ -36,7 +37,6 @@ from optimize.workspace import fingerprint_of
 
 FOLDER = "texts"
 BLOCK_ROWS = 256
-GREEDILY = Drawing()
 
 
 @dataclass(frozen=True, slots=True)

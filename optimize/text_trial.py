@@ -84,6 +84,9 @@ class Drawing(Strict):
         return Sampling(self.temperature, seed=(self.seed << 32) + zlib.crc32(row.tobytes()), logprobs=0)
 
 
+GREEDILY = Drawing()
+
+
 class TextTrialRequest(Strict):
     variant: Path
     tokenizer: Path
@@ -93,7 +96,7 @@ class TextTrialRequest(Strict):
     cache_bytes: int = Field(ge=1)
     max_tokens: int = Field(ge=1)
     blocks: list[Block] = []
-    drawing: Drawing = Drawing()
+    drawing: Drawing = GREEDILY
     exam: Exam | None = None
 
 
@@ -163,10 +166,10 @@ class Texts:
     def manifest(self) -> VariantManifest:
         return self.runner.manifest
 
-    def together(self, rows: Sequence[Ids], report: Report, drawing: Drawing | None = None) -> list[Trace]:
+    def together(self, rows: Sequence[Ids], report: Report, drawing: Drawing = GREEDILY) -> list[Trace]:
         """All at once, in as many slots as there are; of each row its choices."""
         generator = Generator(self.runner, self.request.cache_bytes, self.request.slots)
-        return self._traces(generator, rows, report, drawing or Drawing())
+        return self._traces(generator, rows, report, drawing)
 
     def alone(self, rows: Sequence[Ids], report: Report) -> list[Trace]:
         """One after the other, nothing known beforehand."""
@@ -204,7 +207,7 @@ class Texts:
         return total, tokens
 
     def _traces(
-        self, generator: Generator, rows: Sequence[Ids], report: Report, drawing: Drawing | None = None
+        self, generator: Generator, rows: Sequence[Ids], report: Report, drawing: Drawing = GREEDILY
     ) -> list[Trace]:
         """In the order of the rows, and of a row in that of its choices.
 
@@ -212,7 +215,6 @@ class Texts:
             FettleError: a generation failed.
         """
         ends, context = frozenset(self.manifest.task.end_ids), generator.context
-        drawing = drawing or Drawing()
         recorders: dict[str, Recorder] = {}
         for ids in rows:
             sampling, most = drawing.sampling(ids), min(self.request.max_tokens, context - len(ids))

@@ -13,10 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
+from fettle.drafting import LENGTHS
 from workers.decoder import Ids, Runner
 
-# Tokens that are guessed at once: which number is best follows from how many are right and from what a check takes.
-LENGTHS = (4, 8, 2)
 LONGEST_MATCH = 4
 # Of what was observed, how much a turn leaves of the earlier ones.
 KEPT = 0.95

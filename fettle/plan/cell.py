@@ -133,6 +133,8 @@ class Cell:
         self._proxy, self._client = Process(self._cores, threads=setup.routers), Process(self._cores)
         self._menu = Menu(setup.family, setup.replicas)
         self._ways = Ways(setup.family)
+        shares = work_shares(setup.family, setup.replicas)
+        self._tokens = {name: self._batch_tokens(name, shares[name]) for name in setup.replicas}
         self._stations = {name: self._station(name, count) for name, count in setup.replicas.items()}
         self._engines = {name: self._processes(name, count) for name, count in setup.replicas.items()}
         self._costs = {name: self._row_costs(name) for name in setup.replicas}
@@ -198,7 +200,7 @@ class Cell:
 
     def _choose(self, asked: Asked) -> Way | None:
         """As `deployments.router` does: the gear's way, or a cheaper one where that has no room."""
-        gear, ways = 0, self._ways_of(asked)
+        gear, ways = 0, asked.ways(self._menu)
         if asked.variant is None:
             gear = min(self._gearbox.number(asked.tolerance, degraded=False), len(ways) - 1)
         if self._setup.cheapest:
@@ -207,9 +209,6 @@ class Cell:
             if all(self._stations[variant].has_room() for variant in way.variants):
                 return way
         return None
-
-    def _ways_of(self, asked: Asked) -> tuple[Way, ...]:
-        return (self._menu.pinned(asked.variant),) if asked.variant else self._menu.gears(asked.tolerance)
 
     def _queue(self, request: _Request, now: float) -> None:
         assert request.way is not None
@@ -284,16 +283,14 @@ class Cell:
 
     def _station(self, name: str, replicas: int) -> Station:
         config = self._setup.config
-        tokens = self._tokens(name)
-        bounds = BatchBounds(config.batch.max_rows, tokens, config.batch.max_age_ms / 1000)
+        bounds = BatchBounds(config.batch.max_rows, self._tokens[name], config.batch.max_age_ms / 1000)
         places = config.replicas.places
         return Station(bounds, replicas, places, CALL_MS / 1000, config.batch.max_queue_s, self._later, self._depart)
 
-    def _tokens(self, name: str) -> int:
+    def _batch_tokens(self, name: str, work_share: float) -> int:
         config = self._setup.config
-        shares = work_shares(self._setup.family, self._setup.replicas)
         return config.batch.max_tokens or batch_tokens(
-            table_of(self._setup, name), config.gears.objective_ms, shares[name]
+            table_of(self._setup, name), config.gears.objective_ms, work_share
         )
 
     def _processes(self, name: str, replicas: int) -> list[Process]:
@@ -303,7 +300,7 @@ class Cell:
 
     def _row_costs(self, name: str) -> RowCosts:
         return RowCosts(
-            table_of(self._setup, name), self._tokens(name), self._setup.family.variant(name).tokenizer.max_length
+            table_of(self._setup, name), self._tokens[name], self._setup.family.variant(name).tokenizer.max_length
         )
 
     def _engine_time(self, name: str) -> Callable[[Sequence[Row]], float]:

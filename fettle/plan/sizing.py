@@ -124,8 +124,7 @@ def demand(setup: Setup, rate: float) -> dict[str, float]:
     length = float(np.mean(setup.lengths))
     needs: dict[str, float] = {}
     for asked in setup.asked:
-        way = menu.pinned(asked.variant) if asked.variant else menu.gears(asked.tolerance)[-1]
-        for visit, share in ways.mean(way).items():
+        for visit, share in ways.mean(asked.ways(menu)[-1]).items():
             table = table_of(setup, visit)
             row_ms = min(cell.median_ms / (cell.batch * cell.length) for cell in table.cells if cell.batch > 1) * length
             needs[visit] = needs.get(visit, 0.0) + asked.share * share * rate * row_ms / 1000

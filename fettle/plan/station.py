@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from fettle.costs import LEAD
 from fettle.scheduling import BatchBounds, Entry, Queue, Speed, corrected_pace
-
-# As in `deployments.batcher`: how many times the time of a call a batch leaves before a replica is free for it.
-LEAD = 1.5
 
 Later = Callable[[float, Callable[[float], None]], None]
 

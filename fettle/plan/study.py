@@ -132,10 +132,7 @@ def plan_for(
 def _used(family: Family, asked: Sequence[Asked], variants: Sequence[str]) -> list[str]:
     """Those that some class's ways go by."""
     menu = Menu(family, variants)
-    ways = [
-        way for each in asked for way in ((menu.pinned(each.variant),) if each.variant else menu.gears(each.tolerance))
-    ]
-    return list(dict.fromkeys(variant for way in ways for variant in way.variants))
+    return list(dict.fromkeys(variant for each in asked for way in each.ways(menu) for variant in way.variants))
 
 
 def _config(family: Family, wanted: Wanted) -> ServeConfig:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from fettle.bench.arrivals import Arrivals, merged, scaled, steady
 from fettle.bench.traffic import Flow
 from fettle.family import Family
-from fettle.menu import EXACT, Way
+from fettle.menu import EXACT, Menu, Way, stage_costs
 
 Arriving = Iterator[tuple[float, int, int]]
 
@@ -26,6 +26,10 @@ class Asked:
     share: float
     tolerance: float
     variant: str | None = None
+
+    def ways(self, menu: Menu) -> tuple[Way, ...]:
+        """Who may answer, from the most faithful to the cheapest."""
+        return (menu.pinned(self.variant),) if self.variant else menu.gears(self.tolerance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +77,15 @@ class Ways:
         places, shares = [], []
         before: tuple[Visit, ...] = ()
         for stretch, answered in zip(way.stretches, test.answered, strict=True):
-            parts = self._parts(stretch.step.variant, len(stretch.step.gates))
+            # Of a whole run, what a row takes that leaves at each stage.
+            spent = list(accumulate(stage_costs(self._family, stretch.step)))
+            parts = [each / spent[-1] for each in spent]
             for part, share in zip(parts, answered, strict=True):
                 places.append((*before, Visit(stretch.step.variant, part)))
                 shares.append(share)
             before = (*before, Visit(stretch.step.variant, 1.0))
         total = sum(shares)
         return places, [limit / total for limit in accumulate(shares)]
-
-    def _parts(self, variant: str, stages: int) -> list[float]:
-        """Of a whole run, what a row takes that leaves at each stage."""
-        measured = self._family.variant(variant).measured
-        costs = measured.stage_cpu_ms if measured is not None else []
-        spent = list(accumulate(costs if len(costs) == stages else [1.0] * stages))
-        return [each / spent[-1] for each in spent]
 
 
 def mixed(flows: Sequence[Flow]) -> list[Asked]:
