@@ -40,7 +40,7 @@ from deployments.trial import Trial
 from deployments.variant import Followed, ReplicaSlots, Variant, await_replicas, follow_replicas
 from deployments.versions import Version, least_replicas, still_asked, versions_of
 from deployments.watch import Watch
-from fettle import __version__, latency, policy
+from fettle import __version__, latency, model_store, policy
 from fettle.config import FamilyConfig, ServeConfig, StoreConfig, TextConfig
 from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, row_ms, work_shares
 from fettle.drafting import choose_draft
@@ -48,7 +48,7 @@ from fettle.errors import UsageError
 from fettle.family import Family
 from fettle.latency import TextCosts
 from fettle.manifest import TaskKind, VariantManifest
-from fettle.model_store import VariantFiles, is_url
+from fettle.model_store import VariantFiles
 from fettle.scheduling import BatchBounds, Queue
 from fettle.store import sha256_bytes
 from fettle.usage import Usage
@@ -199,16 +199,12 @@ def absolute(config: ServeConfig) -> ServeConfig:
     """With absolute paths, since Ray's processes have working directories of their own."""
     families = []
     for family in config.families:
-        update: dict[str, object] = {"path": _absolute(family.path)}
+        update: dict[str, object] = {"path": model_store.absolute(family.path)}
         if family.rollout is not None:
-            update["rollout"] = family.rollout.model_copy(update={"path": _absolute(family.rollout.path)})
+            update["rollout"] = family.rollout.model_copy(update={"path": model_store.absolute(family.rollout.path)})
         families.append(family.model_copy(update=update))
-    keys = None if config.keys_file is None else _absolute(config.keys_file)
+    keys = None if config.keys_file is None else model_store.absolute(config.keys_file)
     return config.model_copy(update={"families": families, "keys_file": keys})
-
-
-def _absolute(path: str) -> str:
-    return path if is_url(path) else str(Path(path).resolve())
 
 
 def code_version(*parts: object) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from fettle.errors import KeyFileError
 from fettle.family import describe_validation
 from fettle.key_terms import KeyTerms
 from fettle.schema import Sha256, Strict
-from fettle.store import locked
+from fettle.store import locked, write_atomic
 
 PREFIX = "fettle"
 ID_BYTES, SECRET_BYTES, SALT_BYTES = 6, 32, 16
@@ -127,17 +126,7 @@ def changing(path: Path) -> Iterator[Callable[[list[KeyRecord]], None]]:
 
         def write(keys: list[KeyRecord]) -> None:
             content = json.dumps(KeyFile(keys=keys).model_dump(mode="json"), indent=1) + "\n"
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(descriptor)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            write_atomic(path, content.encode(), mode=0o600)
 
         yield write
 

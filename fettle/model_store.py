@@ -44,6 +44,11 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def absolute(path: str) -> str:
+    """For processes with working directories of their own; a URL is the same everywhere."""
+    return path if is_url(path) else str(Path(path).resolve())
+
+
 @dataclass(frozen=True, slots=True)
 class VariantFiles:
     """One variant of a family at a path or a URL; what a replica is told of the files that it is to load."""

@@ -7,7 +7,6 @@ itself decides, so this process may end at any time; `status` says where it stan
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -63,11 +62,12 @@ def start(
     """
     from deployments.operate import connected_service
     from fettle.config import RolloutConfig
+    from fettle.model_store import absolute
 
     later = step or [each for each in (0.25, 0.5) if each > share]
     config = checked(
         RolloutConfig,
-        path=directory if "://" in directory else str(Path(directory).resolve()),
+        path=absolute(directory),
         steps=[share, *later],
         hold_s=hold,
         min_requests=requests,

@@ -209,13 +209,18 @@ class LlamaEngine:
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
+    """What its server is told too."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--file", type=Path, required=True)
     parser.add_argument("--type", choices=list(TYPES), default="Q4_0")
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = arguments().parse_args()
 
     def opened() -> LlamaEngine:
         prepare(options.model, options.file, options.type)

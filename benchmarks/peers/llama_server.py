@@ -7,24 +7,17 @@ Runs in an environment with llama-cpp-python's server and gguf. Llama shapes onl
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import uvicorn
 from llama_cpp.server.app import create_app
 from llama_cpp.server.settings import ModelSettings, ServerSettings
 
-from benchmarks.peers.llama_engine import TYPES, prepare
+from benchmarks.peers.llama_engine import arguments, prepare
 
 CONTEXT = 512
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--file", type=Path, required=True)
-    parser.add_argument("--type", choices=list(TYPES), default="Q4_0")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = arguments()
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
     prepare(options.model, options.file, options.type)
