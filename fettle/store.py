@@ -31,7 +31,7 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replace `path` by `data`: written beside it, where only the owner can read it, synced, given its mode, renamed."""
+    """Replace `path` by `data`: written beside it for the owner alone, synced, given its mode, renamed."""
     handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
     temporary = Path(name)
     try:
