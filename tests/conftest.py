@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from xdist.scheduler import LoadScopeScheduling
 
-from fettle.config import BatchConfig, FamilyConfig, LimitConfig, ReplicaConfig, ServeConfig
+from fettle.config import BatchConfig, FamilyConfig, LimitConfig, ReplicaConfig, ServeConfig, TracingConfig
+from tests.collector import collector
 from tests.fakes import FakeVariant, classify_task, embed_task, make_fake_family, token_id
 from tests.integration.service import Service, service
 from tests.texts import make_text_family
@@ -58,7 +60,15 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def one_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def traces_endpoint() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
+    with collector() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def one_service(
+    tmp_path_factory: pytest.TempPathFactory, traces_endpoint: tuple[str, list[ExportTraceServiceRequest]]
+) -> Iterator[Service]:
     where = tmp_path_factory.mktemp("service")
     for name, variants in VARIANTS.items():
         make_fake_family(where / name, name=name, task=TASKS[name], variants=variants)
@@ -71,6 +81,8 @@ def one_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         families=families,
         replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
         batch=BatchConfig(max_queue_s=MAX_QUEUE_S),
+        # Only what comes with a sampled trace is traced.
+        tracing=TracingConfig(endpoint=traces_endpoint[0], share=0.0),
         limits=LimitConfig(body_within_s=BODY_WITHIN_S),
     )
     with service(config, where / "log") as running:

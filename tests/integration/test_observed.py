@@ -1,19 +1,24 @@
-"""What operators see of a service on Ray: its metrics at Ray's agent, and its log."""
+"""What operators see of a service on Ray: metrics at Ray's agent, the log, and traces with the replica's own span."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import httpx
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from deployments.metrics import METRICS
+from tests.collector import spans_of
 from tests.integration.service import Service, command, wait_until
 
 pytestmark = pytest.mark.slow
-# Ray's processes tell their agent every 10 s.
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
+# Ray's processes tell their agent every 10 s; the exporter sends spans every 5 s.
 PATIENCE_S = 60.0
 
 
@@ -81,3 +86,28 @@ def test_a_request_keeps_its_id_in_the_reply_and_in_the_log(served: Service):
 def test_a_request_without_an_id_is_given_one(served: Service):
     reply = httpx.post(f"{served.url}/classify", json={"model": "sections", "input": "fox"}, timeout=60)
     assert len(reply.headers["x-request-id"]) >= 32
+
+
+def test_a_clients_trace_goes_on_to_the_replicas(served: Service, traces_endpoint):
+    got = traces_endpoint[1]
+    headers = {"traceparent": PARENT}
+    body = {"model": "sections:fp32", "input": ["fox", "quick"]}
+    assert httpx.post(f"{served.url}/classify", json=body, headers=headers, timeout=60).is_success
+    text = {"model": "lm:int4", "prompt": "hello", "max_tokens": 4}
+    assert httpx.post(f"{served.url}/v1/completions", json=text, headers=headers, timeout=60).is_success
+
+    def spans() -> dict[bytes, Span]:
+        return {span.span_id: span for span in spans_of(got) if span.trace_id.hex() == TRACE}
+
+    def names() -> Counter[str]:
+        return Counter(span.name.split()[0] for span in spans().values())
+
+    # From three processes: the router and two replicas.
+    assert wait_until(lambda: names() >= Counter(POST=2, step=2, replica=2), PATIENCE_S), names()
+    found = spans()
+    for replica in (span for span in found.values() if span.name == "replica"):
+        step = found[replica.parent_span_id]
+        root = found[step.parent_span_id]
+        assert (step.name, root.name[:5], root.parent_span_id.hex()) == ("step", "POST ", PARENT.split("-")[2])
+        # By the one clock of this machine.
+        assert step.start_time_unix_nano <= replica.start_time_unix_nano <= step.end_time_unix_nano
