@@ -23,7 +23,7 @@ from deployments.text_rules import TextRules
 from deployments.text_work import Bit, TextWork
 from deployments.text_writer import extract_of
 from deployments.tracing import at_replica, open_tracer
-from deployments.variant import losses
+from deployments.variant import direct, losses
 from deployments.watchdog import Watchdog
 from fettle.config import TextConfig, TracingConfig
 from fettle.detokenize import Detokenizer
@@ -142,7 +142,7 @@ class ReplicaStreams:
 
     def __init__(self, handle: DeploymentHandle, stuck_after_s: float = math.inf) -> None:
         self.replicas = 0
-        self._handle = handle.options(stream=True)
+        self._handle = direct(handle, stream=True)
         self._patience = Patience(stuck_after_s, lambda: self.replicas > 0)
 
     def resize(self, replicas: int) -> None:

@@ -20,6 +20,7 @@ import ray
 from numpy.typing import NDArray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.constants import RAY_SERVE_USE_GRPC_BY_DEFAULT
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -110,6 +111,14 @@ def losses() -> Iterator[None]:
         raise SlotLostError(f"{type(error).__name__}: {error}") from error
 
 
+def direct(handle: DeploymentHandle, *, stream: bool = False) -> DeploymentHandle:
+    """The handle as it calls on the fast path: replicas over gRPC, not through Ray's objects.
+
+    A handle that came with the application does as the process did that made it, which may know no fast path.
+    """
+    return handle.options(stream=stream, _by_reference=not RAY_SERVE_USE_GRPC_BY_DEFAULT)
+
+
 class ReplicaSlots:
     """The batcher's `Slots`: as many batches under way as the replicas can hold, counted here.
 
@@ -126,7 +135,7 @@ class ReplicaSlots:
     ) -> None:
         self.replicas = 0
         self.share = share
-        self._handle = handle
+        self._handle = direct(handle)
         self._places = places
         self._taken = 0
         self._given_up = 0

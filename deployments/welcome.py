@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-from deployments.app import named_families
 from fettle.chat import ChatTemplate
 from fettle.config import ServeConfig
 from fettle.family import Family
@@ -13,6 +12,9 @@ from fettle.manifest import TaskKind
 
 def welcome(url: str, config: ServeConfig) -> list[str]:
     """Lines; the requests are commands for a shell, as they stand but for the key."""
+    # Ray reads its environment when it is imported, and that is not set yet when this module is.
+    from deployments.app import named_families
+
     key = " -H 'Authorization: Bearer KEY'" if config.api_keys or config.keys_file else ""
     lines = [f"serving at {url}  (live page at {url}/, documentation at {url}/docs, Ctrl-C stops)"]
     for name, family in named_families(config).items():

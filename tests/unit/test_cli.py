@@ -83,6 +83,19 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_serve_sets_the_environment_before_it_imports_ray(directory: Path) -> None:
+    """Ray reads what it is told when it is imported; too late, and every call goes the slow way."""
+    code = (
+        "import sys, contextlib, deployments.server\n"
+        "@contextlib.contextmanager\n"
+        "def running(config, options):\n    print('ray' in sys.modules)\n    yield sys.exit()\n"
+        "deployments.server.running = running\n"
+        f"from fettle.cli import app\napp(['serve', {str(directory)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
 # show
 
 

@@ -27,6 +27,9 @@ class Handle:
     def __init__(self) -> None:
         self.calls: list[asyncio.Future[Any]] = []
 
+    def options(self, **_: object) -> Handle:
+        return self
+
     @property
     def run(self) -> Handle:
         return self
