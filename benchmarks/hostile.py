@@ -1,10 +1,12 @@
 """Requests of people who mean harm, over raw sockets: a fixed corpus, and its random mutations.
 
     python -m benchmarks.hostile --port 8000 --minutes 5 --seed 1 [--key KEY] [--pid PID ...]
+        [--slow-readers 20 --text MODEL]
 
 Sends to a running service and ends with one JSON line: what was sent, which statuses came, which rules were broken. The
 rules: no 5xx, a connection ends within its time, an ordinary request is answered as before, no reply holds what another
-client sent, and no process given by --pid grows beyond --growth-mb.
+client sent, and no process given by --pid grows beyond --growth-mb. --slow-readers take a byte a second of streams of
+the model --text all the while: no slot may be taken at the end, though they still read, nor a connection kept.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from dataclasses import dataclass, field
 import psutil
 
 from benchmarks.hostile_corpus import CANARY, Attack, Send, corpus, plain
+from benchmarks.slow_readers import SlowReaders, until_free
 
 WITHIN_S = 40.0
 READ = 65_536
 QUIET_S = 2.0
+FREE_WITHIN_S = 60.0
 
 
 @dataclass(slots=True)
@@ -183,18 +187,9 @@ def memory_mb(pids: Sequence[int]) -> float:
     return sum(psutil.Process(pid).memory_info().rss for pid in pids) / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--key")
-    parser.add_argument("--pid", type=int, action="append", default=[])
-    parser.add_argument("--growth-mb", type=float, default=200.0)
-    options = parser.parse_args()
-
-    findings, before, memory = Findings(), ask(options.port, options.key), memory_mb(options.pid)
-    attacks = corpus(options.key)
+def strike(options: argparse.Namespace, findings: Findings) -> None:
+    """Mutations for so long, and an ordinary request between them now and then."""
+    attacks, before = corpus(options.key), ask(options.port, options.key)
     until, chance = time.monotonic() + 60 * options.minutes, random.Random(options.seed)
     for number, each in enumerate(mutations(attacks, chance)):
         if time.monotonic() > until:
@@ -205,16 +200,58 @@ def main() -> None:
         findings.wrong += judge(each, outcome)
         if number % 200 == 199 and ask(options.port, options.key) != before:
             findings.wrong.append(f"an ordinary request was answered otherwise after {findings.sent} requests")
+    if ask(options.port, options.key) != before:
+        findings.wrong.append("an ordinary request is answered otherwise than before")
+
+
+def struck_beside(readers: SlowReaders, options: argparse.Namespace, findings: Findings) -> dict[str, object]:
+    """The same, and what clients cost that read hardly at all meanwhile."""
+    with readers:
+        strike(options, findings)
+        free, held = until_free(options.port, FREE_WITHIN_S, options.key), readers.held()
+    findings.wrong += readers.wrong
+    if not readers.most_slots:
+        findings.wrong.append("the slow readers had no slot at any time")
+    if free is None:
+        findings.wrong.append(f"slots were taken {FREE_WITHIN_S:g} s after the end, while slow readers read")
+    if held:
+        findings.wrong.append(f"{held} connections to slow readers are kept")
+    return {
+        "slow_readers": len(readers.taken),
+        "bytes_each": max(readers.taken),
+        "most_slots": readers.most_slots,
+        "free_after_s": free,
+        "held": held,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--key")
+    parser.add_argument("--pid", type=int, action="append", default=[])
+    parser.add_argument("--growth-mb", type=float, default=200.0)
+    parser.add_argument("--slow-readers", type=int, default=0)
+    parser.add_argument("--text", help="the model of their streams")
+    options = parser.parse_args()
+
+    findings, memory, slow = Findings(), memory_mb(options.pid), {}
+    if options.slow_readers:
+        readers = SlowReaders(options.port, options.slow_readers, options.text, options.key)
+        slow = struck_beside(readers, options, findings)
+    else:
+        strike(options, findings)
     grown = memory_mb(options.pid) - memory
     if grown > options.growth_mb:
         findings.wrong.append(f"{grown:.0f} MB of growth")
-    if ask(options.port, options.key) != before:
-        findings.wrong.append("an ordinary request is answered otherwise than before")
     figures = {
         "sent": findings.sent,
         "seed": options.seed,
         "statuses": dict(sorted(findings.statuses.items())),
         "grown_mb": round(grown, 1),
+        **slow,
         "wrong": findings.wrong,
     }
     print(json.dumps(figures))

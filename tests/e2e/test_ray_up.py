@@ -148,15 +148,12 @@ def test_a_fresh_reader_brings_it_up(operator: Operator):
 
     wait_for(lambda: nodes() == len(HOSTS), 300.0, "the workers have joined", every_s=15.0)
     operator.run(f"ray exec {up} 'RAY_AUTH_MODE=token /opt/fettle/bin/serve deploy ~/fettle/deploy/serve.yaml'")
-    wait_for(
-        lambda: (
-            "RUNNING"
-            in operator.run(f"ray exec {up} 'RAY_AUTH_MODE=token /opt/fettle/bin/serve status' | grep -m1 -A2 fettle")
-        ),
-        240.0,
-        "the service runs",
-        every_s=10.0,
-    )
+
+    def runs() -> bool:
+        said = operator.run(f"ray exec {up} 'RAY_AUTH_MODE=token /opt/fettle/bin/serve status'")
+        return re.search(r"^ +fettle:\s+status: RUNNING", said, re.M) is not None
+
+    wait_for(runs, 240.0, "the service runs", every_s=10.0)
     with operator.tunnel(f"ray attach {up} -p 8000"):
         wait_for(lambda: answers(operator), 60.0, "the tunnel is there", every_s=2.0)
         body = json.dumps({"model": "sections", "input": "the quick brown fox"})

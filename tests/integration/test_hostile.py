@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks.hostile import Outcome, ask, attack, judge, mutations
 from benchmarks.hostile_corpus import Attack, corpus, request
+from benchmarks.slow_readers import SlowReaders, until_free
 from tests.integration.service import Service, wait_until
 
 pytestmark = pytest.mark.slow
@@ -122,3 +123,17 @@ def test_readers_that_never_read_take_no_place_from_others(one_service, before):
         assert wait_until(answered, 60), f"no text for {time.monotonic() - started:.0f} s"
     assert ask(one_service.port) == before[0]
     assert wait_until(lambda: one_service.info("lm", "int4")["running"] == 0, 60)
+
+
+@pytest.mark.long
+def test_a_byte_a_second_holds_no_slot_and_no_connection_for_ever(one_service, before):
+    memory = memory_mb(one_service)
+    with SlowReaders(one_service.port, SLOW_READERS, "lm:int4") as readers:
+        assert wait_until(lambda: readers.most_slots > 0, 60)
+        assert until_free(one_service.port, 120) is not None
+        assert memory_mb(one_service) - memory < GROWTH_MB
+        # The router gives up who takes nothing of its 64 kB for 30 s, HAProxy who takes nothing of its own for 60 s.
+        assert wait_until(lambda: readers.held() == 0, 200), readers.held()
+        assert sum(readers.taken) > 0
+        assert readers.wrong == []
+    assert ask(one_service.port) == before[0]
