@@ -217,8 +217,8 @@ def struck_beside(readers: SlowReaders, options: argparse.Namespace, findings: F
     if held:
         findings.wrong.append(f"{held} connections to slow readers are kept")
     return {
-        "slow_readers": len(readers.taken),
-        "bytes_each": max(readers.taken),
+        "slow_readers": dict(readers.statuses),
+        "bytes_each": max(map(len, readers.read)),
         "most_slots": readers.most_slots,
         "free_after_s": free,
         "held": held,

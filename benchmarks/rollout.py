@@ -1,9 +1,10 @@
 """A service that is updated under load: what fails, how many replicas more it takes, how soon a bad version goes.
 
-One service on Ray with fake engines, a classifier and a text generator, and clients that never pause, some of them with
-streams of several seconds. It is deployed anew with other settings, then with another version of the classifier; then
-`fettle rollout` begins with versions that answer wrongly, do not load, and are slow, and with a good one. Every request
-must be answered, every stream whole. The exit status is 1 if one is not, or a version ends as it should not.
+One service on Ray with fake engines, a classifier and a text generator; clients that never pause, some of them with
+streams of several seconds, and some that pause for seconds on a connection that they keep. It is deployed anew with
+other settings, then with another version of the classifier; then `fettle rollout` begins with versions that answer
+wrongly, do not load, and are slow, and with a good one. Every request must be answered, every stream whole. The exit
+status is 1 if one is not, or a version ends as it should not.
 
     python -m benchmarks.rollout
 """
@@ -33,6 +34,8 @@ from tests.integration.service import Service, command, service
 from tests.texts import make_text_family
 
 CLIENTS, STREAMS, TOKENS = 6, 2, 150
+# Others keep a connection each and ask seldom: it may lie at a HAProxy that was replaced meanwhile.
+PATIENT, PAUSE_S = 4, 4.0
 REPLICAS = 2
 PATIENCE_S = 120.0
 LOOK_EVERY_S = 0.2
@@ -214,6 +217,7 @@ async def load_on(running: Service) -> AsyncIterator[Traffic]:
     traffic, stop = Traffic(), asyncio.Event()
     async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as http:
         tasks = [asyncio.create_task(_ask(http, traffic, stop, number)) for number in range(CLIENTS)]
+        tasks += [asyncio.create_task(_ask_seldom(running, traffic, stop, CLIENTS + n)) for n in range(PATIENT)]
         tasks += [asyncio.create_task(_stream(http, traffic, stop)) for _ in range(STREAMS)]
         tasks.append(asyncio.create_task(_look(running, traffic, stop)))
         await asyncio.sleep(2)
@@ -223,7 +227,9 @@ async def load_on(running: Service) -> AsyncIterator[Traffic]:
         await asyncio.gather(*tasks)
 
 
-async def _ask(http: httpx.AsyncClient, traffic: Traffic, stop: asyncio.Event, number: int) -> None:
+async def _ask(
+    http: httpx.AsyncClient, traffic: Traffic, stop: asyncio.Event, number: int, pause_s: float = 0.02
+) -> None:
     count = 0
     while not stop.is_set():
         count += 1
@@ -238,7 +244,14 @@ async def _ask(http: httpx.AsyncClient, traffic: Traffic, stop: asyncio.Event, n
         except httpx.HTTPError as error:
             traffic.failed.append(repr(error))
         traffic.times.append(time.monotonic() - started)
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(pause_s)
+
+
+async def _ask_seldom(running: Service, traffic: Traffic, stop: asyncio.Event, number: int) -> None:
+    """On a connection of its own."""
+    kept = httpx.Limits(keepalive_expiry=10 * PAUSE_S)
+    async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S, limits=kept) as http:
+        await _ask(http, traffic, stop, number, PAUSE_S)
 
 
 async def _stream(http: httpx.AsyncClient, traffic: Traffic, stop: asyncio.Event) -> None:

@@ -10,6 +10,7 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from types import TracebackType
 
 import httpx
@@ -25,12 +26,12 @@ WISH = {"max_tokens": 400, "n": 8, "logprobs": 5, "temperature": 1.0, "ignore_eo
 class SlowReaders:
     """So many of them while the block runs.
 
-    `taken`: bytes that each has read; `most_slots`: slots that were taken at once; `wrong`: why `/info` failed.
+    `read`: what each has got; `most_slots`: slots that were taken at once; `wrong`: why `/info` failed.
     """
 
     def __init__(self, port: int, count: int, model: str, key: str | None = None) -> None:
         self.port = port
-        self.taken = [0] * count
+        self.read = [bytearray() for _ in range(count)]
         self.most_slots = 0
         self.wrong: list[str] = []
         self._key = key
@@ -41,7 +42,7 @@ class SlowReaders:
 
     def __enter__(self) -> SlowReaders:
         headers = JSON + ("" if self._key is None else f"authorization: Bearer {self._key}\r\n")
-        for number in range(len(self.taken)):
+        for number in range(len(self.read)):
             body = json.dumps({"model": self._model, "prompt": f"slow {number}", **WISH}).encode()
             reader = socket.socket()
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -60,6 +61,11 @@ class SlowReaders:
         for reader in self._sockets:
             reader.close()
 
+    @property
+    def statuses(self) -> Counter[str]:
+        """Of those that have read so far."""
+        return Counter(read[9:12].decode() for read in self.read if len(read) >= 12)
+
     def held(self) -> int:
         """Connections to these clients that some process of the service still has open. Takes root."""
         ours = {reader.getsockname()[1] for reader in self._sockets}
@@ -73,7 +79,7 @@ class SlowReaders:
             self._look()
             for number, reader in enumerate(self._sockets):
                 try:
-                    self.taken[number] += len(reader.recv(1))
+                    self.read[number] += reader.recv(1)
                 except (BlockingIOError, ConnectionResetError):
                     # Nothing has come yet, or the service has given this one up.
                     continue

@@ -34,6 +34,8 @@ FAST = {
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # The kernel answers for a router that is busy; one that does not within a second is cut off.
     "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "1",
+    # Whenever a router comes or goes a new HAProxy takes over, and the old one ends the streams that it still has then.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
 }
 
 # The script that stands for HAProxy's binary, and how Ray is told.

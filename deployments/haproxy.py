@@ -48,6 +48,9 @@ RULES = (
     ),
     # Ray fails on what is no UTF-8 there.
     "http-request deny status 400 if { req.hdr(x-request-timeout-seconds) -m reg [^[:print:]] }",
+    # A HAProxy that was replaced tells clients in the headers of what it still answers to ask elsewhere next. Those of
+    # a stream were sent long before, and the routers that it knows may all be gone when the stream ends.
+    "http-response set-header connection close if { res.hdr(content-type) -m beg text/event-stream }",
 )
 
 

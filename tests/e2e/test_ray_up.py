@@ -24,6 +24,7 @@ import yaml
 
 from benchmarks.hosts import Host, HostError, Network, wait_for, why_not
 from tests.fakes import FakeVariant, classify_task, make_fake_family, make_point, make_step
+from tests.integration.service import command
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -39,6 +40,7 @@ class Operator:
 
     laptop: Host
     repository: Path
+    hosts: tuple[Host, ...]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -105,7 +107,8 @@ def operator(tmp_path: Path) -> Iterator[Operator]:
         addresses = [network.hosts[name].address for name in HOSTS]
         laptop = network.add("laptop", layered(tmp_path / "disks" / "laptop"))
         laptop.run(["sh", "-c", f"rm -rf ~/.ray && mkdir -p -m 700 ~/.ssh && cp {key} ~/.ssh/id_ed25519"])
-        yield Operator(laptop, repository(tmp_path / "fettle", addresses))
+        hosts = tuple(network.hosts[name] for name in HOSTS)
+        yield Operator(laptop, repository(tmp_path / "fettle", addresses), hosts)
     for place in made:
         place.rmdir()
 
@@ -154,12 +157,15 @@ def test_a_fresh_reader_brings_it_up(operator: Operator):
         return re.search(r"^ +fettle:\s+status: RUNNING", said, re.M) is not None
 
     wait_for(runs, 240.0, "the service runs", every_s=10.0)
+    assert rays(operator)
     with operator.tunnel(f"ray attach {up} -p 8000"):
         wait_for(lambda: answers(operator), 60.0, "the tunnel is there", every_s=2.0)
         body = json.dumps({"model": "sections", "input": "the quick brown fox"})
         reply = operator.run(f"curl -s localhost:8000/classify -H 'content-type: application/json' -d '{body}'")
         assert json.loads(reply)["fettle"]["point"] == "within-0.01"
     operator.run(f"ray down --yes {up}")
+    # The head's at once, and those of the workers when they have missed it for a minute.
+    wait_for(lambda: not rays(operator), 180.0, "Ray has ended")
 
 
 def answers(operator: Operator) -> bool:
@@ -167,3 +173,9 @@ def answers(operator: Operator) -> bool:
         return "200" in operator.run("curl -s -o /dev/null -w '%{http_code}' localhost:8000/ready")
     except HostError:
         return False
+
+
+def rays(operator: Operator) -> list[str]:
+    """Processes of Ray's on the hosts."""
+    titles = [command(process) for host in operator.hosts for process in host.processes()]
+    return [title for title in titles if title.startswith("ray::") or "/raylet/raylet " in title]

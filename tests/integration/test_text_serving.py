@@ -129,6 +129,16 @@ async def test_more_than_the_queue_holds_is_refused_and_the_rest_is_answered(ser
     await until_running(served, 0, "bf16")
 
 
+async def test_a_stream_says_that_its_connection_ends_and_a_whole_reply_keeps_its_own(served: Service):
+    body = {"model": "lm:int4", "prompt": "x", "max_tokens": 4}
+    async with httpx.AsyncClient(base_url=served.url, timeout=60) as http:
+        async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
+            assert [line async for line in stream.aiter_lines() if line][-1] == "data: [DONE]"
+        whole = await http.post("/v1/completions", json=body)
+    assert stream.headers["connection"] == "close"
+    assert "connection" not in whole.headers
+
+
 async def test_a_grammar_is_kept_and_one_that_cannot_be_is_refused(served: Service):
     async with httpx.AsyncClient(base_url=served.url, timeout=60) as http:
         found = await post(http, model="lm:int4", prompt="x", max_tokens=40, guided_regex="[a-f]{3}-[0-9]{4}", n=4)
