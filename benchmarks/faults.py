@@ -73,6 +73,7 @@ def settings(family: Path) -> ServeConfig:
         families=[FamilyConfig(path=str(family))],
         replicas=ReplicaConfig(min_replicas=2, max_replicas=2, max_per_node=1),
         routers=2,
+        routers_per_node=1,
         monitor=MonitorConfig(share=0.0),
     )
 

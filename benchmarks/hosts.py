@@ -211,6 +211,8 @@ class Network:
             subprocess.run(["iptables", "-t", "nat", "-D", *self._behind_us], capture_output=True, check=False)
         for host in self.hosts.values():
             host.kill()
+            # A namespace, and with it what lies there of the cable, goes a while after its last process.
+            subprocess.run(["ip", "link", "delete", host.cable], capture_output=True, check=False)
             subprocess.run(["ip", "netns", "delete", host.namespace], capture_output=True, check=False)
         self.hosts.clear()
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True, check=False)

@@ -184,6 +184,7 @@ def build(args: ServeConfig) -> Application:
         ),
         max_ongoing_requests=INGRESS_CONCURRENCY,
         ray_actor_options={"num_cpus": config.router_cpus},
+        max_replicas_per_node=config.routers_per_node,
         max_surge_percent=100,
         graceful_shutdown_timeout_s=config.drain_s,
         version=code_version(config, sorted(named)),

@@ -327,6 +327,9 @@ class ServeConfig(Settings):
         default=None, ge=1, description="as load may need, `routers` if None; keys' limits are shared out by `routers`"
     )
     router_cpus: float = Field(default=1.0, ge=0)
+    routers_per_node: int | None = Field(
+        default=None, ge=1, description="routers on one node, at most; 1 spreads them against its death"
+    )
     surge_percent: int = Field(
         default=25, ge=1, le=100, description="replicas beyond the number wanted, while others replace them; rounded up"
     )

@@ -195,10 +195,12 @@ def test_a_call_is_stuck_only_long_after_its_time(tmp_path):
     assert app.stuck_after_s(family.variant("fast"), config) == 7.0
 
 
-def test_replicas_of_a_variant_spread_over_nodes_where_that_is_asked_for(tmp_path):
+def test_routers_and_replicas_of_a_variant_spread_over_nodes_where_that_is_asked_for(tmp_path):
     family = make_fake_family(tmp_path / "sections")
     for given in (None, 1):
-        config = ServeConfig.model_validate({"family": str(family.directory), "replicas": {"max_per_node": given}})
+        fields = {"replicas": {"max_per_node": given}, "routers_per_node": given}
+        config = ServeConfig.model_validate({"family": str(family.directory), **fields})
+        assert app.build(config)._bound_deployment._replica_config.max_replicas_per_node == given
         (version,) = versions_of(config)
         made = app.deployment(version, family.manifest.reference, config)
         assert made._bound_deployment._replica_config.max_replicas_per_node == given
