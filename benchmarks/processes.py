@@ -26,17 +26,18 @@ STOP_S = 40.0  # more than the keeper's own patience
 class ServerSpec:
     """How to start a server and how to tell that it answers.
 
-    `probe` is a whole JSON body that is posted to `url`, with `headers`, until the reply is a 200. `environment` is
-    added to ours.
+    `probe` is a whole JSON body that is posted to `url`, with `headers`, until the reply is a 200; None: `url` is got.
+    `environment` is added to ours.
     """
 
     command: Sequence[str]
     url: str
-    probe: bytes
+    probe: bytes | None
     environment: Mapping[str, str] = field(default_factory=dict)
     directory: Path | None = None
     start_s: float = 180.0
     headers: Mapping[str, str] = field(default_factory=dict)
+    look_every_s: float = 0.5
 
 
 class Server:
@@ -81,6 +82,13 @@ class Server:
         keeper = psutil.Process(self._keeper.pid)
         return sum(map(_spent, [keeper, *keeper.children(recursive=True)]))
 
+    @property
+    def first(self) -> psutil.Process:
+        """The process that the command began."""
+        if self._keeper is None:
+            raise RuntimeError("first of a server that is not running")
+        return min(psutil.Process(self._keeper.pid).children(), key=psutil.Process.create_time)
+
     def processes(self, title: str) -> list[psutil.Process]:
         """Those of the server whose command line begins with `title`, as Ray's do with what they are."""
         if self._keeper is None:
@@ -94,7 +102,7 @@ class Server:
                 raise RuntimeError(f"the server ended with status {keeper.returncode}:\n{self._tail()}")
             if _answers(self._spec):
                 return
-            time.sleep(0.5)
+            time.sleep(self._spec.look_every_s)
         raise RuntimeError(f"no answer from {self._spec.url} in {self._spec.start_s:g} s:\n{self._tail()}")
 
     def _stop(self) -> None:

@@ -15,18 +15,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from deployments import fastpath
+from deployments import fastpath, forkserver
 from deployments.keyring import Keyring
 from fettle.config import ServeConfig
 from fettle.errors import UnavailableError, UsageError
 from fettle.machine import usable_cores
+from fettle.manifest import Runtime, TaskKind
 from fettle.model_store import ModelStore
 from fettle.quality import QualityStore, store_path
 from fettle.usage import Ledger, Usage, ledger_path
@@ -37,6 +41,9 @@ if TYPE_CHECKING:
 APPLICATION = "fettle"
 # What Ray's own processes, a router and the proxy take beside the replicas.
 RAY_MEMORY_BYTES = 1_500_000_000
+# While the service starts.
+LOOK_EVERY_S = 0.1
+REACHED_WITHIN_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +74,16 @@ def running(config: ServeConfig, options: ServerOptions) -> Iterator[str]:
             # Of a Ray that was started elsewhere, so was the proxy.
             config = config.model_copy(update={"proxy_secret_file": str(fastpath.guard(Path(scratch)))})
         os.environ.update(fastpath.environment(Path(scratch), fast=fast, cores=usable_cores()))
-        needed = needs(config)
-        check_memory(needed)
-        if options.address is None:
-            config = bounded(config)
-        check_evidence(config)
-        check_keys(config)
-        with _ray(options, needed):
-            _deploy(config, options)
-            yield f"http://{options.host}:{options.port}"
+        with _workers(config, options, Path(scratch)) as python:
+            needed = needs(config)
+            check_memory(needed)
+            if options.address is None:
+                config = bounded(config)
+            check_evidence(config)
+            check_keys(config)
+            with _ray(options, needed, python):
+                _deploy(config, options)
+                yield f"http://{options.host}:{options.port}"
 
 
 def check_port(host: str, port: int) -> None:
@@ -192,21 +200,46 @@ def wait_for_signal() -> None:
             signal.signal(number, handler)
 
 
+def _workers(config: ServeConfig, options: ServerOptions, scratch: Path) -> AbstractContextManager[Path | None]:
+    """What the workers of a Ray of our own are started with, where not by Python itself."""
+    if options.address is not None or not forkserver.available():
+        return nullcontext()
+    # Ray's log monitor tells drivers what workers print. This one does not ask, and logs stay where they are.
+    without = () if options.verbose else ("log_monitor.py",)
+    return forkserver.started(scratch, [*forkserver.MODULES, *torch_modules(config)], without)
+
+
+def torch_modules(config: ServeConfig) -> set[str]:
+    """The torch engines that are served, five seconds to import; not on CUDA, which survives no fork.
+
+    There is time for that while Ray starts. ONNX Runtime has threads as soon as it is imported.
+    """
+    found = set()
+    for settings in config.families if config.replicas.device == "cpu" else ():
+        family = ModelStore(config.store).family(settings.path)
+        generates = family.manifest.task.kind is TaskKind.GENERATE
+        served = [settings.default, *(settings.variants or family.variants)]
+        if any(name in served and variant.runtime is Runtime.TORCH for name, variant in family.variants.items()):
+            found.add("workers.torch_decoder" if generates else "workers.torch_encoder")
+    return found
+
+
 @contextmanager
-def _ray(options: ServerOptions, needed: Needs) -> Iterator[None]:
+def _ray(options: ServerOptions, needed: Needs, python: Path | None) -> Iterator[None]:
     import ray
 
     own = options.address is None
     try:
-        ray.init(
-            address=options.address or "local",
-            # On one machine Ray's CPUs only count places: there must be one for each replica that may start.
-            num_cpus=max(usable_cores(), math.ceil(needed.cpus)) if own else None,
-            include_dashboard=options.dashboard if own else None,
-            log_to_driver=options.verbose,
-            logging_level=logging.INFO if options.verbose else logging.ERROR,
-            configure_logging=True,
-        )
+        with nullcontext() if python is None else forkserver.standing_in(python):
+            ray.init(
+                address=options.address or "local",
+                # On one machine Ray's CPUs only count places: there must be one for each replica that may start.
+                num_cpus=max(usable_cores(), math.ceil(needed.cpus)) if own else None,
+                include_dashboard=options.dashboard if own else None,
+                log_to_driver=options.verbose,
+                logging_level=logging.INFO if options.verbose else logging.ERROR,
+                configure_logging=True,
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UnavailableError(f"Ray could not be reached or started: {error}") from error
     try:
@@ -235,19 +268,86 @@ def _muted() -> Iterator[None]:
 
 
 def _deploy(config: ServeConfig, options: ServerOptions) -> None:
+    """The application on Serve; of a Serve of our own, its replicas start beside its proxy."""
     from ray import serve
-
-    from deployments.app import build
 
     if not options.verbose:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = None if options.verbose else _quiet()
-    serve.start(http_options={"host": options.host, "port": options.port}, logging_config=quiet)
+    quiet, logs = (None, None) if options.verbose else (_quiet(), _telling())
+    http = {"host": options.host, "port": options.port}
     try:
-        logs = None if options.verbose else _telling()
+        if options.address is None:
+            _deploy_on_own(config, options, http, quiet, logs)
+            return
+        from deployments.app import build
+
+        serve.start(http_options=http, logging_config=quiet)
         serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=logs)
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         raise UnavailableError(f"the service did not come up: {error}") from error
+
+
+def _deploy_on_own(
+    config: ServeConfig,
+    options: ServerOptions,
+    http: dict[str, Any],
+    quiet: LoggingConfig | None,
+    logs: LoggingConfig | None,
+) -> None:
+    from ray import serve
+    from ray.serve.api import RunTarget
+    from ray.serve.context import _get_global_client
+
+    from deployments.app import build
+
+    with ThreadPoolExecutor(1) as beside:
+        proxied = beside.submit(serve.start, http_options=http, logging_config=quiet)
+        # It waits for the proxy as well, of which the replicas need nothing.
+        while _get_global_client(raise_if_no_controller_running=False) is None and not proxied.done():
+            time.sleep(LOOK_EVERY_S)
+        target = RunTarget(build(config), APPLICATION, "/", logs)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        proxied.result()
+    _await_running(options)
+
+
+def _await_running(options: ServerOptions) -> None:
+    """Until all replicas run and requests come through.
+
+    Raises:
+        RuntimeError: a replica did not start.
+        TimeoutError: all run, and still nothing comes through.
+    """
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ApplicationStatus
+
+    client = _get_global_client()
+    while True:
+        # `serve.status` checks all of it by a schema, 40 ms of a core each time.
+        found = client.get_serve_status(APPLICATION).app_status
+        if found.status == ApplicationStatus.RUNNING:
+            break
+        if found.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RuntimeError(found.message)
+        time.sleep(LOOK_EVERY_S)
+    host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
+    for _ in range(round(REACHED_WITHIN_S / LOOK_EVERY_S)):
+        if _answers(host, options.port):
+            return
+        time.sleep(LOOK_EVERY_S)
+    raise TimeoutError(f"its port does not answer, {REACHED_WITHIN_S:g} s after its replicas started")
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether a router answers at an address."""
+    connection = HTTPConnection(host, port, timeout=REACHED_WITHIN_S)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == HTTPStatus.OK
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _quiet() -> LoggingConfig:

@@ -62,8 +62,12 @@ class Variant:
     ) -> None:
         # Of this thread and those that it starts, the engine's among them.
         os.nice(niceness)
+        began = time.perf_counter()
         self.engine = files.load(lambda directory: open_engine(directory, options))
+        loaded = time.perf_counter()
         self.engine.warm_up()
+        took = {"load_ms": 1000 * (loaded - began), "warm_up_ms": 1000 * (time.perf_counter() - loaded)}
+        logger.info("the engine is warm", extra={"kind": "engine", **{name: round(ms) for name, ms in took.items()}})
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._watchdog = Watchdog(stuck_after_s)
         if stuck_after_s < math.inf:

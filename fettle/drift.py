@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import chdtrc
 
 from fettle.manifest import OperatingPoint, Outcome
 
@@ -109,6 +108,9 @@ def chi_square(left: Counts, right: Counts) -> float:
         float((np.square(sample - both * sample.sum() / total) / (both * sample.sum() / total)).sum())
         for sample in (left, right)
     )
+    # As long to import as all that a router needs for this module.
+    from scipy.special import chdtrc
+
     return float(chdtrc(len(both) - 1, statistic))
 
 

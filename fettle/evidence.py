@@ -17,10 +17,10 @@ Pure functions of counts; who keeps the counts is `fettle.quality`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 
 from fettle.errors import UsageError
 
@@ -89,7 +89,7 @@ def bound_at_any_time(errors: int, rows: int, delta: float) -> float:
     lowest, highest = 1e-12, 1 - 1e-12
     if missing(highest) < 0:
         return 1.0
-    found: float = brentq(missing, lowest, highest, xtol=1e-12, rtol=1e-9)
+    found: float = _root(missing, lowest, highest, xtol=1e-12)
     return found
 
 
@@ -110,7 +110,15 @@ def pairs_needed(errors: int, rows: int, alpha: float, delta: float) -> int | No
 
     # The evidence is convex in the count and starts below the line, so it crosses it once.
     enough = (target + math.log(len(BELOW))) / float(growth.max()) + 1
-    return math.ceil(brentq(missing, 0.0, enough, xtol=0.01))
+    return math.ceil(_root(missing, 0.0, enough, xtol=0.01))
+
+
+def _root(of: Callable[[float], float], low: float, high: float, xtol: float, rtol: float = 1e-9) -> float:
+    # Imported when it is needed: of all that a service imports, this would take longest, and no service needs it.
+    from scipy.optimize import brentq
+
+    found: float = brentq(of, low, high, xtol=xtol, rtol=rtol)
+    return found
 
 
 def _above(alpha: float) -> NDArray[np.float64]:

@@ -14,7 +14,6 @@ from typing import Final, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import isotonic_regression, minimize
 
 from fettle.findings import TextFeature as Feature
 from fettle.findings import TextScore
@@ -136,6 +135,9 @@ def fit(features: Array, agreed: ArrayLike, weights: dict[Feature, float]) -> Te
     sums = np.bincount(which, weights=truth)
     mass = counts.astype(np.float64)
     mass[-1] += 0.5
+    # Who fits imports it, and not every service.
+    from scipy.optimize import isotonic_regression
+
     pooled = isotonic_regression(sums / mass, weights=mass)
     knots, values = [], []
     for first, last in zip(pooled.blocks[:-1], pooled.blocks[1:], strict=True):
@@ -174,6 +176,8 @@ def fit_weights(features: Array, agreed: ArrayLike, among: Sequence[Feature]) ->
         pulls = -signs * np.exp(-np.logaddexp(0.0, margins)) / len(signs)
         slopes = np.concatenate([[pulls.sum()], pulls @ scaled + RIDGE * parameters[1:]])
         return float(np.logaddexp(0.0, -margins).mean() + RIDGE / 2 * (parameters[1:] ** 2).sum()), slopes
+
+    from scipy.optimize import minimize
 
     found = minimize(loss, np.zeros(1 + int(varies.sum())), jac=True, method="L-BFGS-B").x[1:] / spread[varies]
     names = [feature for feature, moves in zip(among, varies, strict=True) if moves]

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from scipy.special import bdtr
-
 from fettle.errors import UsageError
 from fettle.extract import Answer
 from fettle.findings import VotePoint
@@ -148,6 +146,8 @@ class Votes:
         if self.rule.confidence is None:
             return False
         ahead, behind = ranked[0][0], ranked[1][0] if len(ranked) > 1 else 0
+        from scipy.special import bdtr
+
         return float(bdtr(ahead, ahead + behind + 1, 0.5)) >= self.rule.confidence
 
 

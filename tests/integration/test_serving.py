@@ -7,12 +7,13 @@ import random
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from fettle.answers import normalized, probabilities
 from tests.conftest import TASKS
 from tests.fakes import CLS, SEP, WORDS, token_id
-from tests.integration.service import Service
+from tests.integration.service import Service, command
 from workers.fake import expected
 
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
@@ -120,6 +121,14 @@ async def test_ready_and_documented(served: Service):
     async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
         for path in ("/", "/health", "/ready", "/docs", "/openapi.json", "/v1/models", "/quality", "/stats"):
             assert (await client.get(path)).status_code == 200
+
+
+def test_replicas_are_forks_of_one_process(served: Service):
+    replicas = served.replicas("")
+    assert len(replicas) > 6
+    parents = {replica.ppid() for replica in replicas}
+    assert len(parents) == 1
+    assert "forkserver.py" in command(psutil.Process(parents.pop()))
 
 
 async def test_rays_dashboard_shows_the_deployments_and_their_autoscaling(served: Service):

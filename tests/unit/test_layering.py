@@ -26,6 +26,7 @@ HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript"}
 # Who may touch the environment, and why.
 ENVIRONMENT = {
     "deployments/server.py": "Ray reads its settings from the environment when it is imported",
+    "deployments/forkserver.py": "a fork takes the environment of the process that it stands for",
 }
 LONGEST = 400
 BROAD = {"Exception", "BaseException"}
