@@ -18,6 +18,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
+from deployments import endpoints
 from deployments.api import build_api
 from deployments.batcher import Batcher
 from deployments.border import Api
@@ -26,6 +27,7 @@ from deployments.fleet import Fleet, deployment_name
 from deployments.followers import autoscaling_stats, demands_of, followers
 from deployments.keyring import Keyring
 from deployments.lane import Lane, Queued, Replicas
+from deployments.links import Links
 from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
 from deployments.placement import actor_options, has_cpu_nodes, placement_of, replica_bytes, replicas_of
 from deployments.router import Router
@@ -79,6 +81,7 @@ class RouterIngress:
     ) -> None:
         """`kept`: replicas that only the routers before this one ask; there are some while a service is replaced."""
         followed: dict[str, Followed] = {}
+        links: dict[str, Links] = {}
         families = {}
         versions = versions_of(config)
         for version in versions:
@@ -87,12 +90,14 @@ class RouterIngress:
             batchers: dict[str, Queued] = {}
             for variant, handle in handles[name].items():
                 manifest = family.variant(variant)
+                stuck = stuck_after_s(manifest, config)
+                links[handle.deployment_name] = own = Links(endpoints.find if config.wire else None, stuck)
                 if manifest.task.kind is TaskKind.GENERATE:
-                    streams = ReplicaStreams(handle, stuck_after_s(manifest, config))
+                    streams = ReplicaStreams(handle, stuck, own)
                     batchers[variant] = make_lane(manifest, streams, config)
                     followed[handle.deployment_name] = streams
                 else:
-                    slots = make_slots(handle, config, stuck_after_s(manifest, config))
+                    slots = ReplicaSlots(handle, config.replicas.places, 1 / config.routers, stuck, own)
                     batchers[variant] = make_batcher(manifest, slots, config, shares[variant])
                     followed[handle.deployment_name] = slots
             families[name] = served = ServedFamily.of(version.settings, name, family, batchers, config.gears)
@@ -124,7 +129,7 @@ class RouterIngress:
         }
         self._metrics = RouterMetrics(made, self._fleet, Exporter(), most)
         self._watch, self._demands = watch, demands_of(handles, families)
-        self._followed = followers(followed, self._demands)
+        self._followed, self._links = followers(followed, self._demands), links
         if kept and config.replicas.min_replicas:
             # The routers before this one answer until it can. A new version is waited for by its rollout.
             needed = [
@@ -136,7 +141,7 @@ class RouterIngress:
             await_replicas(needed, serve.get_replica_context().app_name)
 
     def __serve_build_asgi_app__(self) -> Api:
-        following = follow_replicas(self._followed, serve.get_replica_context().app_name, self._fleet)
+        following = follow_replicas(self._followed, self._links, serve.get_replica_context().app_name, self._fleet)
         loop = asyncio.get_running_loop()
         self._running = [
             loop.create_task(run) for run in (following, self._watch.run(), self._metrics.run(), self._keyring.follow())
@@ -277,8 +282,8 @@ def deployment(
     draft = draft_of(family, variant, settings.text) if generates else None
     guesses = None if draft is None else files_of(version, draft, settings.store)
     stuck = STUCK * stuck_after_s(manifest, settings)
-    text = TextOptions(engine, settings.text, nice, guesses, stuck)
-    own = [text] if generates else [engine, nice, stuck]
+    text = TextOptions(engine, settings.text, nice, guesses, stuck, settings.wire)
+    own = [text] if generates else [engine, nice, stuck, settings.wire]
     arguments = (files_of(version, variant, settings.store), *own, settings.tracing)
     bound: Application = kind.options(
         name=deployment_name(version.name, variant, family.version),
@@ -322,10 +327,6 @@ def draft_of(family: Family, variant: str, config: TextConfig) -> str | None:
             f"text.draft: family {family.name!r} has no variant {config.draft!r}; use one of {known}, or auto"
         )
     return config.draft
-
-
-def make_slots(handle: DeploymentHandle, config: ServeConfig, stuck_after_s: float) -> ReplicaSlots:
-    return ReplicaSlots(handle, config.replicas.places, 1 / config.routers, stuck_after_s)
 
 
 def stuck_after_s(manifest: VariantManifest, config: ServeConfig) -> float:

@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -92,7 +92,7 @@ class TextEngine:
         if not self._thread.is_alive():
             raise EngineError("the thread of the text engine has ended")
 
-    async def generate(self, work: TextWork) -> AsyncIterator[list[Bit]]:
+    async def generate(self, work: TextWork) -> AsyncGenerator[list[Bit], None]:
         """The work's bits, those of each choice in order; closing the iterator frees its slots within a step.
 
         Raises:
@@ -115,7 +115,7 @@ class TextEngine:
             self._streams -= 1
             self._do(partial(self._cancel, list(call.running.values())))
 
-    async def _bits(self, call: _Call, work: TextWork, left: int) -> AsyncIterator[list[Bit]]:
+    async def _bits(self, call: _Call, work: TextWork, left: int) -> AsyncGenerator[list[Bit], None]:
         while left:
             bits = await self._news(call)
             if not work.stream:

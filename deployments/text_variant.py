@@ -6,7 +6,7 @@ import asyncio
 import gc
 import math
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -15,16 +15,19 @@ from ray.serve.handle import DeploymentHandle
 from tokenizers import Tokenizer as FastTokenizer
 
 from deployments.exporter import EVERY_S, Exporter
+from deployments.link import Link
+from deployments.links import Links
 from deployments.silence import Patience, next_of, told_regularly
 from deployments.slots import SlotLostError
 from deployments.text_engine import TextEngine
 from deployments.text_metrics import tell_generator
 from deployments.text_rules import TextRules
-from deployments.text_work import Bit, TextWork
+from deployments.text_work import Bit, TextWork, merged
 from deployments.text_writer import extract_of
 from deployments.tracing import at_replica, open_tracer
-from deployments.variant import direct, losses
+from deployments.variant import Listening, direct, losses
 from deployments.watchdog import Watchdog
+from deployments.wire_server import WireServer
 from fettle.config import TextConfig, TracingConfig
 from fettle.detokenize import Detokenizer
 from fettle.errors import FettleError
@@ -48,6 +51,7 @@ class TextOptions:
     niceness: int = 0
     draft: VariantFiles | None = None
     stuck_after_s: float = math.inf
+    wire: bool = True
 
 
 @serve.deployment
@@ -79,15 +83,22 @@ class TextVariant:
         self._started = False
         self._name = runner.manifest.id
         self._tracer = open_tracer(tracing or TracingConfig())
+        self._wire = Listening(WireServer(streams={"generate": self.written})) if options.wire else None
         # What was allocated so far lives as long as the replica: collecting it again and again is wasted time.
         gc.collect()
         gc.freeze()
 
-    async def generate(self, work: TextWork) -> AsyncIterator[list[Bit]]:
-        """The work's bits; what is wrong with it is one too, so that every exception means: this replica is gone.
+    async def generate(self, work: TextWork) -> AsyncGenerator[list[Bit], None]:
+        """As `written`; while there are no bits there is an empty list every second, so that silence means something.
 
-        While there are none there is an empty list every second, so that silence means the same.
+        Over the wire it does without.
         """
+        async with aclosing(told_regularly(self.written(work), WORD_EVERY_S)) as told:
+            async for bits in told:
+                yield bits or []
+
+    async def written(self, work: TextWork) -> AsyncGenerator[list[Bit], None]:
+        """The work's bits; what is wrong with it is one too, so that every exception means: this replica is gone."""
         if not self._started:
             self._started = True
             self.engine.start()
@@ -95,9 +106,9 @@ class TextVariant:
         facts = {"prompt_tokens": sum(map(len, work.prompts)), "choices": len(work.numbers)}
         with at_replica(self._tracer, [work.trace] if work.trace else [], facts) as found:
             try:
-                async with aclosing(told_regularly(self.engine.generate(work), WORD_EVERY_S)) as told:
+                async with aclosing(self.engine.generate(work)) as told:
                     async for bits in told:
-                        yield bits or []
+                        yield bits
             except FettleError as error:
                 found["error"] = error.message
                 yield [Bit(number, error=error) for number in work.answers]
@@ -110,9 +121,15 @@ class TextVariant:
             tell_generator(family, self._name, self.engine.generator, exporter)
             await asyncio.sleep(EVERY_S)
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
+        if self._wire is not None:
+            await self._wire.begin()
         if self._started:
             self.engine.check()
+
+    async def __del__(self) -> None:
+        if self._wire is not None:
+            await self._wire.end()
 
 
 def _drafters(manifest: VariantManifest, options: TextOptions) -> tuple[list[Drafter], int]:
@@ -140,9 +157,10 @@ class ReplicaStreams:
     A stream that is given up keeps its place at the silent replica, so that what is done again goes elsewhere.
     """
 
-    def __init__(self, handle: DeploymentHandle, stuck_after_s: float = math.inf) -> None:
+    def __init__(self, handle: DeploymentHandle, stuck_after_s: float = math.inf, links: Links | None = None) -> None:
         self.replicas = 0
         self._handle = direct(handle, stream=True)
+        self._links = links or Links()
         self._patience = Patience(stuck_after_s, lambda: self.replicas > 0)
 
     def resize(self, replicas: int) -> None:
@@ -152,11 +170,17 @@ class ReplicaStreams:
         self.replicas = replicas
 
     async def generate(self, work: TextWork) -> AsyncGenerator[list[Bit], None]:
-        with losses():
-            stream = self._handle.generate.remote(work)
-        given_up = False
+        link = self._links.pick()
+        async with aclosing(self._through_ray(work) if link is None else _over(link, work)) as told:
+            async for bits in told:
+                yield bits
+
+    async def _through_ray(self, work: TextWork) -> AsyncGenerator[list[Bit], None]:
+        self._links.through_ray += 1
+        given_up, stream = False, None
         try:
             with losses():
+                stream = self._handle.generate.remote(work)
                 while True:
                     call = asyncio.ensure_future(next_of(stream))
                     if not await self._patience.wait(call):
@@ -169,5 +193,13 @@ class ReplicaStreams:
                     if bits:
                         yield bits
         finally:
-            if not given_up:
+            self._links.through_ray -= 1
+            if stream is not None and not given_up:
                 stream.cancel()
+
+
+async def _over(link: Link, work: TextWork) -> AsyncGenerator[list[Bit], None]:
+    """Over the wire; what came while nobody read is one bit of each choice."""
+    async with aclosing(link.stream("generate", work)) as told:
+        async for items in told:
+            yield items[0] if len(items) == 1 else merged(bit for bits in items for bit in bits)

@@ -26,11 +26,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ReplicaState
 
+from deployments import endpoints
 from deployments.fleet import Fleet
+from deployments.links import Links
 from deployments.silence import Patience
 from deployments.slots import SlotLostError
 from deployments.tracing import at_replica, open_tracer
 from deployments.watchdog import Watchdog
+from deployments.wire_server import WireServer
 from fettle.config import TracingConfig
 from fettle.errors import EngineError
 from fettle.model_store import VariantFiles
@@ -58,6 +61,7 @@ class Variant:
         options: EngineOptions,
         niceness: int = 0,
         stuck_after_s: float = math.inf,
+        wire: bool = True,
         tracing: TracingConfig | None = None,
     ) -> None:
         # Of this thread and those that it starts, the engine's among them.
@@ -73,6 +77,7 @@ class Variant:
         if stuck_after_s < math.inf:
             self._watchdog.start()
         self._tracer = open_tracer(tracing or TracingConfig())
+        self._wire = Listening(WireServer(answers={"run": self.run})) if wire else None
         # What was allocated so far lives as long as the replica: collecting it again and again is wasted time.
         gc.collect()
         gc.freeze()
@@ -105,6 +110,32 @@ class Variant:
         with self._watchdog.watching():
             return self.engine.run(rows, exits)
 
+    async def check_health(self) -> None:
+        if self._wire is not None:
+            await self._wire.begin()
+
+    async def __del__(self) -> None:
+        if self._wire is not None:
+            await self._wire.end()
+
+
+@dataclass(slots=True)
+class Listening:
+    """A replica's port of its own, from when Serve first asks how it is to when Serve stops it."""
+
+    server: WireServer
+    _begun: bool = False
+
+    async def begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            await endpoints.listen(self.server)
+
+    async def end(self) -> None:
+        """Whatever is under way is answered before."""
+        if self._begun:
+            await endpoints.leave(self.server)
+
 
 @contextmanager
 def losses() -> Iterator[None]:
@@ -135,10 +166,16 @@ class ReplicaSlots:
     """
 
     def __init__(
-        self, handle: DeploymentHandle, places: int, share: float = 1.0, stuck_after_s: float = math.inf
+        self,
+        handle: DeploymentHandle,
+        places: int,
+        share: float = 1.0,
+        stuck_after_s: float = math.inf,
+        links: Links | None = None,
     ) -> None:
         self.replicas = 0
         self.share = share
+        self._links = links or Links()
         self._handle = direct(handle)
         self._places = places
         self._taken = 0
@@ -151,7 +188,7 @@ class ReplicaSlots:
         """Calls at a time. One where there is no replica: a deployment that was scaled to zero comes back because a
         batch waits for it at its handle.
         """
-        silent = math.ceil(self._given_up / self._places)
+        silent = math.ceil(self._given_up / self._places) + self._links.silent
         speaking = max(0, self.replicas - silent)
         return max(0 if silent else 1, math.ceil(speaking * self._places * self.share))
 
@@ -168,7 +205,7 @@ class ReplicaSlots:
             self._freed.clear()
             await self._freed.wait()
         self._taken += 1
-        slot = ReplicaSlot(self._handle, self._patience)
+        slot = ReplicaSlot(self._handle, self._patience, self._links)
         try:
             yield slot
         finally:
@@ -190,21 +227,29 @@ class ReplicaSlot:
 
     handle: DeploymentHandle
     patience: Patience
+    links: Links
     given_up: asyncio.Future[Reply] | None = None
 
     async def run(self, rows: Rows, exits: Exits | None, *traces: str) -> Outputs:
-        gates = () if exits is None else (exits.thresholds, exits.temperatures)
-        more = {"traces": traces} if traces else {}
-        with losses():
-            response = self.handle.run.remote(rows.ids, rows.lengths, rows.type_ids, *gates, **more)
-            call = asyncio.ensure_future(_awaited(response))
-            if not await self.patience.wait(call):
-                self.given_up = call
-                raise SlotLostError(f"no reply in {self.patience.seconds:g} s")
-            reply = call.result()
+        gates = (None, None) if exits is None else (exits.thresholds, exits.temperatures)
+        arguments = (rows.ids, rows.lengths, rows.type_ids, *gates, traces)
+        link = self.links.pick()
+        reply: Reply = await (self._through_ray(arguments) if link is None else link.ask("run", *arguments))
         if isinstance(reply, str):
             raise EngineError(reply)
         return Outputs(*reply)
+
+    async def _through_ray(self, arguments: tuple[object, ...]) -> Reply:
+        self.links.through_ray += 1
+        try:
+            with losses():
+                call = asyncio.ensure_future(_awaited(self.handle.run.remote(*arguments)))
+                if not await self.patience.wait(call):
+                    self.given_up = call
+                    raise SlotLostError(f"no reply in {self.patience.seconds:g} s")
+                return call.result()
+        finally:
+            self.links.through_ray -= 1
 
 
 async def _awaited(response: DeploymentResponse[Reply]) -> Reply:
@@ -219,11 +264,15 @@ class Followed(Protocol):
         """Tell how many replicas are running now."""
 
 
-async def follow_replicas(slots: Mapping[str, Followed], application: str, fleet: Fleet) -> None:
-    """Keep every deployment's slots (by its name), and the fleet, at what Serve says there is, until cancelled."""
+async def follow_replicas(
+    slots: Mapping[str, Followed], links: Mapping[str, Links], application: str, fleet: Fleet
+) -> None:
+    """Keep every deployment's slots and links (by its name), and the fleet, at what Serve says, until cancelled."""
     while True:
         try:
-            await asyncio.to_thread(_look_at_replicas, application, fleet)
+            running = await asyncio.to_thread(_look_at_replicas, application, fleet)
+            for name, own_links in links.items():
+                await own_links.meet(running.get(name, ()))
         except (RayError, RayServeException, KeyError) as error:
             # The controller is away, or knows nothing yet; what was known last still holds, and lost replicas are
             # retried.
@@ -245,13 +294,17 @@ def await_replicas(deployments: Collection[str], application: str) -> None:
             logger.warning("Serve's controller does not answer: %r", error)
 
 
-def _look_at_replicas(application: str, fleet: Fleet) -> None:
-    """`serve.status()` reads the same, and checks it by a schema at a twelfth of the router's time.
+def _look_at_replicas(application: str, fleet: Fleet) -> dict[str, list[str]]:
+    """The ids of what runs, by deployment.
+
+    `serve.status()` reads the same, and checks it by a schema at a twelfth of the router's time.
 
     Raises RayError where the controller does not answer in time, as when its host is cut off.
     """
     details = ray.get(_get_global_client()._controller.get_serve_instance_details.remote(), timeout=CONTROLLER_S)
+    running = {}
     for name, found in details["applications"][application]["deployments"].items():
         replicas = found["replicas"]
-        running = sum(replica["state"] == ReplicaState.RUNNING for replica in replicas)
-        fleet.see(name, running, found["target_num_replicas"], [replica["replica_id"] for replica in replicas])
+        running[name] = [each["replica_id"] for each in replicas if each["state"] == ReplicaState.RUNNING]
+        fleet.see(name, len(running[name]), found["target_num_replicas"], [each["replica_id"] for each in replicas])
+    return running

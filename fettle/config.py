@@ -330,6 +330,10 @@ class ServeConfig(Settings):
     routers_per_node: int | None = Field(
         default=None, ge=1, description="routers on one node, at most; 1 spreads them against its death"
     )
+    wire: bool = Field(
+        default=True,
+        description="routers call replicas over sockets of their own; if false, through Ray, which costs more",
+    )
     surge_percent: int = Field(
         default=25, ge=1, le=100, description="replicas beyond the number wanted, while others replace them; rounded up"
     )

@@ -1,0 +1,186 @@
+"""What the way through the product costs where the engine costs nothing: HTTP, keys, admission, queue, Ray and back.
+
+Engines without a model. Rows: a closed loop at each number of connections, with requests a second, latencies, and
+processor time per request. Text: so many streams of an engine that sleeps for each step, with processor time per
+token. All is told by who spent it: proxy, routers, replicas, the rest of Ray, and the client.
+
+    python -m benchmarks.serving_path [--connections 1,8,64,512] [--streams 1,8,32] [--routers 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import service
+from benchmarks.machine import describe_machine, machine_lines
+from benchmarks.processes import Server, ServerSpec
+from deployments.fastpath import free_port
+from fettle.bench.crew import measure
+from fettle.bench.figures import figures
+from fettle.bench.load import LoadPlan
+from fettle.bench.traffic import Flow
+from fettle.config import ServeConfig
+from tests.fakes import FakeVariant, make_fake_family
+from tests.texts import make_text_family
+
+LOGS = Path("build/benchmark-logs")
+KEY = "a-key-of-this-benchmark"
+ROWS, TEXT = "rows", "text"
+TOKENS_OUT = 128
+# By the beginning of a process's title, where Ray gives it one, or by what it runs.
+PARTS = {"router": "ray::ServeReplica:fettle:RouterIngress", "replica": "ray::ServeReplica:fettle:", "proxy": "haproxy"}
+REST = "rest"
+
+
+@dataclass(slots=True)
+class PartsClock:
+    """Processor seconds of each part of the service where the load's window opens and closes."""
+
+    processes: Callable[[], Sequence[psutil.Process]]
+    seen: list[dict[str, float]] = field(default_factory=list)
+
+    def read(self, _: str) -> None:
+        spent = dict.fromkeys([*PARTS, REST], 0.0)
+        for process in self.processes():
+            try:
+                times, title = process.cpu_times(), " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            spent[part_of(title)] += times.user + times.system
+        self.seen.append(spent)
+
+    def spent(self) -> dict[str, float]:
+        opened, closed = self.seen
+        return {part: closed[part] - opened[part] for part in opened}
+
+
+def part_of(title: str) -> str:
+    program = title.partition(" ")[0]
+    if program.endswith("/haproxy"):
+        return "proxy"
+    return next((part for part, begin in PARTS.items() if title.startswith(begin)), REST)
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    machine = describe_machine()
+    if not options.json:
+        print("\n".join(machine_lines(machine)))
+    results = []
+    with tempfile.TemporaryDirectory(prefix="fettle-path-") as scratch:
+        if options.connections:
+            results += measured_rows(options, Path(scratch))
+        if options.streams:
+            results += measured_text(options, Path(scratch))
+    if not options.json:
+        Console(width=140).print(table(results, ROWS, "request"))
+        Console(width=140).print(table(results, TEXT, "token"))
+    settings = {"seconds": options.seconds, "routers": options.routers, "step_ms": options.step_ms}
+    print(json.dumps({"benchmark": "serving_path", "hardware": machine, "settings": settings, "results": results}))
+
+
+def measured_rows(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    make_fake_family(scratch / ROWS, name=ROWS, variants=[FakeVariant("none")])
+    spec = spec_of(options, scratch, ROWS, "/classify", {"input": "Are you there?"})
+    plan = LoadPlan(spec.url, ROWS, kind="classify", synthetic=(8, 24), seconds=options.seconds, flows=(with_key(),))
+    with Server(spec, LOGS / "serving-path-rows.log") as server:
+        return [{"kind": ROWS, "at_a_time": number, **measured(server, plan, number)} for number in options.connections]
+
+
+def measured_text(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    variant = FakeVariant("none", ms_per_call=options.step_ms)
+    make_text_family(scratch / TEXT, name=TEXT, context=1024, variants=[variant])
+    spec = spec_of(options, scratch, TEXT, "/v1/completions", {"prompt": "Are you there?", "max_tokens": 2})
+    plan = LoadPlan(
+        spec.url,
+        TEXT,
+        kind="completions",
+        synthetic=(4, 8),
+        seconds=options.seconds,
+        flows=(with_key(),),
+        max_tokens=(TOKENS_OUT, TOKENS_OUT),
+        body={"temperature": 0.0, "ignore_eos": True},
+    )
+    with Server(spec, LOGS / "serving-path-text.log") as server:
+        return [{"kind": TEXT, "at_a_time": number, **measured(server, plan, number)} for number in options.streams]
+
+
+def with_key() -> Flow:
+    return Flow(key=KEY)
+
+
+def spec_of(
+    options: argparse.Namespace, scratch: Path, family: str, path: str, probe: Mapping[str, object]
+) -> ServerSpec:
+    settings: ServeConfig = service.config(
+        scratch / family, 1, scratch / "evidence", share=0.0, routers=options.routers, api_keys=[KEY]
+    )
+    spec = service.spec(settings, free_port(), path, family, key=KEY)
+    return ServerSpec(spec.command, spec.url, json.dumps({"model": family, **probe}).encode(), headers=spec.headers)
+
+
+def measured(server: Server, plan: LoadPlan, connections: int) -> dict[str, Any]:
+    """One load's figures, and processor microseconds for each request, or token of text, by part."""
+    say(f"{connections} at a time")
+    clock = PartsClock(lambda: server.processes(""))
+    crew = measure(replace(plan, connections=connections), on_window=clock.read)
+    found = figures(crew)
+    count = found["requests"] if plan.kind == "classify" else found["tokens_per_s"] * crew.window_s
+    spent = {**clock.spent(), "client": found["client"]["client_cpu_s"]}
+    told = {name: found.get(name) for name in ("rps", "p50_ms", "p99_ms", "tokens_per_s", "tokens_a_piece")}
+    return {
+        **told,
+        "failed": found["requests"] - found["statuses"].get("200", 0),
+        "cpu_us": {part: round(1e6 * seconds / count, 1) for part, seconds in spent.items()},
+    }
+
+
+def table(results: Sequence[Mapping[str, Any]], kind: str, unit: str) -> Table:
+    made = Table(title=f"{kind}: processor microseconds for each {unit}", title_justify="left")
+    rows = [result for result in results if result["kind"] == kind]
+    heads = {"at_a_time": "at a time", "rps": "requests/s", "tokens_per_s": "tokens/s", "tokens_a_piece": "a piece"}
+    heads |= {"p50_ms": "p50 ms", "p99_ms": "p99 ms", "failed": "failed"}
+    shown = {key: head for key, head in heads.items() if any(row[key] is not None for row in rows)}
+    for head in (*shown.values(), *PARTS, REST, "service", "client"):
+        made.add_column(head, justify="right")
+    for row in rows:
+        cpu = row["cpu_us"]
+        parts = [cpu[part] for part in (*PARTS, REST)]
+        made.add_row(
+            *(str(row[key]) for key in shown), *(f"{x:g}" for x in parts), f"{sum(parts):.0f}", str(cpu["client"])
+        )
+    return made
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving_path", description=__doc__.split("\n")[0])
+    parser.add_argument("--connections", type=numbers, default="1,8,64,512", help="for rows; empty for none")
+    parser.add_argument("--streams", type=numbers, default="1,8,32", help="for text; empty for none")
+    parser.add_argument("--step-ms", type=float, default=20.0, help="of the engine, for one token of every stream")
+    parser.add_argument("--routers", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    return parser.parse_args(arguments)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def say(what: str) -> None:
+    print(f"... {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
