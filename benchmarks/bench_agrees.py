@@ -60,8 +60,8 @@ def main() -> None:
         print("\n".join(machine_lines(machine)))
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, start in {"constant": constant, "fettle serve": fettle}.items():
-            spec = start(Path(scratch))
+        for name in options.servers:
+            spec = SERVERS[name](Path(scratch))
             with Server(spec, LOG):
                 for connections in options.connections:
                     say(f"{name}, {connections} connections")
@@ -83,6 +83,9 @@ def fettle(scratch: Path) -> ServerSpec:
     """One variant that takes 5 ms a batch, on two replicas."""
     make_fake_family(scratch / "fake", variants=[FakeVariant("fake", ms_per_call=5.0)])
     return service.spec(service.config(scratch / "fake", 2, scratch, share=0.0), free_port(), "/classify", "fake")
+
+
+SERVERS: dict[str, Callable[[Path], ServerSpec]] = {"constant": constant, "fettle serve": fettle}
 
 
 def body() -> bytes:
@@ -152,6 +155,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--connections", type=lambda text: [int(part) for part in text.split(",")], default=[4, 16])
+    parser.add_argument(
+        "--servers", type=lambda text: text.split(","), default=list(SERVERS), help="of constant, fettle serve"
+    )
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
     return parser.parse_args(arguments)
 

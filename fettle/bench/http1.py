@@ -8,6 +8,7 @@ server that it measures.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -95,19 +96,43 @@ class ReplyParser:
         return reply
 
 
+class Turns:
+    """When the loop found readable what it has read out since: one time for all, whoever's turn comes first or last.
+
+    Replies that come together are parsed one after the other, which is this client's time and not the server's.
+    """
+
+    def __init__(self) -> None:
+        self._at: float | None = None
+
+    def began(self) -> float:
+        """Of this turn of the running loop, on the clock of `perf_counter`."""
+        if self._at is None:
+            self._at = time.perf_counter()
+            # Comes after all that can be read in this turn.
+            asyncio.get_running_loop().call_soon(self._end)
+        return self._at
+
+    def _end(self) -> None:
+        self._at = None
+
+
 class Connection(asyncio.Protocol):
     """A keep-alive connection that says when it is ready, what came back, and when it is lost.
 
-    `on_ready(connection)`: it may send. `on_reply(ticket, reply)`: `ticket` is what `send` was given; `reply` is
-    None if the connection broke before the reply was whole. `on_lost(connection)` comes once, at the end.
+    `on_ready(connection)`: it may send. `on_reply(ticket, reply, at)`: `ticket` is what `send` was given; `reply` is
+    None if the connection broke before the reply was whole; `at` when its end came. `on_lost(connection)` comes once,
+    at the end.
     """
 
     def __init__(
         self,
         on_ready: Callable[[Connection], None],
-        on_reply: Callable[[Any, Reply | None], None],
+        on_reply: Callable[[Any, Reply | None, float], None],
         on_lost: Callable[[Connection], None],
+        turns: Turns,
     ) -> None:
+        self._turns = turns
         self._on_ready, self._on_reply, self._on_lost = on_ready, on_reply, on_lost
         self._parser = ReplyParser()
         self._transport: asyncio.Transport | None = None
@@ -134,10 +159,11 @@ class Connection(asyncio.Protocol):
         self._on_ready(self)
 
     def data_received(self, data: bytes) -> None:
+        at = self._turns.began()
         reply = self._parser.feed(data)
         if reply is None or self._ticket is None:
             return
-        self._answer(reply)
+        self._answer(reply, at)
         if reply.headers.get(b"connection", b"").lower() == b"close":
             self.close()
         elif self._transport is not None and not self._transport.is_closing():
@@ -146,10 +172,10 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._transport = None
         if self._ticket is not None:
-            self._answer(self._parser.finish())
+            self._answer(self._parser.finish(), time.perf_counter())
         self._on_lost(self)
 
-    def _answer(self, reply: Reply | None) -> None:
+    def _answer(self, reply: Reply | None, at: float) -> None:
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
-            self._on_reply(ticket, reply)
+            self._on_reply(ticket, reply, at)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from fettle.bench.http1 import Connection, Reply
+from fettle.bench.http1 import Connection, Reply, Turns
 from fettle.bench.samples import Recorder
 from fettle.bench.sse import Stream
 from fettle.bench.traffic import Request
@@ -44,7 +44,7 @@ class Pool:
         self,
         url: str,
         on_ready: Callable[[Connection], None],
-        on_reply: Callable[[Sent, Reply | None], None],
+        on_reply: Callable[[Sent, Reply | None, float], None],
         on_lost: Callable[[Connection], None] | None = None,
     ) -> None:
         parts = urlsplit(url)
@@ -55,6 +55,7 @@ class Pool:
         self._alive: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._turns = Turns()
 
     def open(self, connections: int = 1) -> None:
         for _ in range(connections):
@@ -78,7 +79,9 @@ class Pool:
         while not self._closed:
             try:
                 _, connection = await loop.create_connection(
-                    lambda: Connection(self._on_ready, self._on_reply, self._on_lost), *self._address, ssl=self._tls
+                    lambda: Connection(self._on_ready, self._on_reply, self._on_lost, self._turns),
+                    *self._address,
+                    ssl=self._tls,
                 )
             except OSError as error:
                 self.failed[type(error).__name__] += 1
@@ -138,9 +141,9 @@ class ClosedLoop:
         elif not self.flying:
             self.done.set()
 
-    def _answered(self, sent: Sent, reply: Reply | None) -> None:
+    def _answered(self, sent: Sent, reply: Reply | None, at: float) -> None:
         self.flying -= 1
-        self._recorder(sent.due, sent.sent, time.perf_counter(), sent.request, reply, sent.stream)
+        self._recorder(sent.due, sent.sent, at, sent.request, reply, sent.stream)
 
 
 class OpenLoop:
@@ -221,10 +224,10 @@ class OpenLoop:
         self.flying += 1
         self._queue.popleft().leave(connection)
 
-    def _answered(self, sent: Sent, reply: Reply | None) -> None:
+    def _answered(self, sent: Sent, reply: Reply | None, at: float) -> None:
         self.flying -= 1
         problem = self._draining or "connection broke"
-        self._recorder(sent.due, sent.sent, time.perf_counter(), sent.request, reply, sent.stream, problem)
+        self._recorder(sent.due, sent.sent, at, sent.request, reply, sent.stream, problem)
 
     def _lost(self, connection: Connection) -> None:
         if connection in self._idle:

@@ -156,6 +156,9 @@ class Recorder:
         """Times on the clock of `perf_counter`; without a reply the request was lost, and `problem` says how."""
         came = [] if stream is None else stream.came
         times = (came[0], came[-1]) if came else (math.nan, math.nan)
+        if came:
+            # Its pieces are noted one by one, a little after all that came with them was found.
+            ended = max(ended, came[-1])
         length = 0 if stream is None else stream.length
         status = LOST if reply is None else reply.status
         if reply is not None:

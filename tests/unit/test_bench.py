@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from fettle.bench import plot, texts
 from fettle.bench.arrivals import steady, times
 from fettle.bench.crew import Measured
 from fettle.bench.figures import Objectives, by_point, figures, part, tokens_within
-from fettle.bench.http1 import Reply
+from fettle.bench.http1 import Connection, Reply, Turns
 from fettle.bench.load import LoadPlan, schedule
 from fettle.bench.samples import Recorder, Samples, quantiles
 from fettle.bench.sse import Stream
@@ -386,3 +389,39 @@ def test_what_cannot_be_done_is_one_line(arguments, status, word):
     assert ran.exit_code == status
     assert word in ran.stderr
     assert ran.stdout == ""
+
+
+@pytest.mark.anyio
+async def test_replies_that_come_together_have_one_time_whoever_is_parsed_last():
+    """Over sockets; what a reply makes of the client keeps it busy, as a check of its body would."""
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    seen: list[tuple[str, float, float]] = []
+    turns, done = Turns(), asyncio.Event()
+
+    def answered(ticket: str, _: Reply | None, at: float) -> None:
+        seen.append((ticket, at, time.perf_counter()))
+        time.sleep(0.005)
+        if len(seen) % 2 == 0:
+            done.set()
+
+    servers, connections = [], []
+    for _ in range(2):
+        server, client = socket.socketpair()
+        made = partial(Connection, lambda _: None, answered, lambda _: None, turns)
+        _, connection = await asyncio.get_running_loop().create_connection(made, sock=client)
+        servers.append(server)
+        connections.append(connection)
+    for number in range(2):
+        done.clear()
+        for connection in connections:
+            connection.send(b"GET", f"round {number}")
+        for server in servers:
+            server.sendall(reply)
+        await done.wait()
+    for end in (*connections, *servers):
+        end.close()
+    assert [ticket for ticket, *_ in seen] == ["round 0"] * 2 + ["round 1"] * 2
+    for (_, first, parsed_first), (_, second, parsed_second) in (seen[:2], seen[2:]):
+        assert first == second <= parsed_first
+        assert parsed_second >= first + 0.005
+    assert seen[2][1] > seen[1][2]
