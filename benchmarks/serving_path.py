@@ -30,7 +30,7 @@ from fettle.bench.crew import measure
 from fettle.bench.figures import figures
 from fettle.bench.load import LoadPlan
 from fettle.bench.traffic import Flow
-from fettle.config import ServeConfig
+from fettle.config import ServeConfig, TextConfig
 from tests.fakes import FakeVariant, make_fake_family
 from tests.texts import make_text_family
 
@@ -124,7 +124,13 @@ def spec_of(
     options: argparse.Namespace, scratch: Path, family: str, path: str, probe: Mapping[str, object]
 ) -> ServerSpec:
     settings: ServeConfig = service.config(
-        scratch / family, 1, scratch / "evidence", share=0.0, routers=options.routers, api_keys=[KEY]
+        scratch / family,
+        1,
+        scratch / "evidence",
+        share=0.0,
+        routers=options.routers,
+        api_keys=[KEY],
+        text=TextConfig(slots=max(options.streams, default=1)),
     )
     spec = service.spec(settings, free_port(), path, family, key=KEY)
     return ServerSpec(spec.command, spec.url, json.dumps({"model": family, **probe}).encode(), headers=spec.headers)

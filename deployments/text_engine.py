@@ -30,9 +30,10 @@ from workers.generator import Generator
 
 logger = logging.getLogger("ray.serve")
 
-# So many streams are told each token as it comes; where there are more, each waits this long for its next tokens.
+# So many streams are told each token as it comes; where there are more, each waits for its next ones, the longer the
+# more there are: what a piece of text costs on its way does not depend on its tokens.
 PROMPT_STREAMS = 4
-COALESCED_S = 0.04
+COALESCED_S_EACH, COALESCED_S = 0.01, 0.1
 
 
 class Rules(Protocol):
@@ -124,7 +125,7 @@ class TextEngine:
             left -= sum(bit.over for bit in bits)
             yield merged(bits)
             if left and self._streams > PROMPT_STREAMS:
-                await asyncio.sleep(COALESCED_S)
+                await asyncio.sleep(min(COALESCED_S, COALESCED_S_EACH * self._streams))
 
     async def _voted(
         self, call: _Call, work: TextWork, prompts: dict[int, Prompt], writers: dict[int, Writer]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
+from typing import Any
 
 from deployments.text_source import EarlyStop, Ids
 from fettle.errors import FettleError
@@ -102,3 +105,13 @@ def _joined(first: Bit, then: Bit) -> Bit:
         prompt=first.prompt if then.prompt is None else then.prompt,
         cached=first.cached + then.cached,
     )
+
+
+def _travels_light(kind: type[Any]) -> None:
+    """Pickle by the constructor's arguments: what dataclasses bring along for it takes three times as long."""
+    values = attrgetter(*(field.name for field in fields(kind)))
+    copyreg.pickle(kind, lambda instance: (kind, values(instance)))
+
+
+_travels_light(Bit)
+_travels_light(Token)
