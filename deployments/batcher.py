@@ -27,7 +27,7 @@ from fettle.points import Gates
 from fettle.rows import Exits, Outputs, Row, Rows
 from fettle.scheduling import NEVER, Entry, Priority, Queue, Speed, corrected_pace, retry_after_s
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 MAX_LOSSES = 5
 RESERVE_AGAIN_S = 0.05

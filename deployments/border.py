@@ -35,7 +35,7 @@ from fettle.errors import (
     TooLargeError,
 )
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 Model = TypeVar("Model")
 

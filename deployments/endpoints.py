@@ -16,7 +16,7 @@ from ray.experimental import internal_kv
 from deployments.wire import Endpoint
 from deployments.wire_server import WireServer
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 NAMESPACE = b"fettle"
 

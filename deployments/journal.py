@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from fettle.errors import FettleError, shortened
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 # Lines of one kind in a second.
 MOST_LINES = 5

@@ -22,7 +22,7 @@ from fettle.keys import KeyRecord
 from fettle.limits import KeyLimits
 from fettle.usage import Meter, Usage
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 LOOK_EVERY_S = 1.0
 

@@ -24,7 +24,7 @@ from fettle.errors import DeadlineError, OverloadedError, UnavailableError
 from fettle.latency import TextCosts
 from fettle.scheduling import NEVER, BatchBounds, Entry, Priority, Queue, Speed, corrected_pace, retry_after_s
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 # Tokens that a text is expected to have, before any was seen.
 FIRST_GUESS = 64.0

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from deployments.link import Link
 from deployments.wire import Endpoint
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 # Of replicas, by their ids, where they listen; called in a thread. Not all need be known.
 Find: TypeAlias = Callable[[Collection[str]], Mapping[str, Endpoint]]

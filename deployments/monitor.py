@@ -35,7 +35,7 @@ from fettle.points import fingerprint
 from fettle.quality import Pair, Places, PointState, QualityStore, store_path
 from fettle.usage import Ledger, Used, ledger_path
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 Result = TypeVar("Result")
 

@@ -22,7 +22,7 @@ from fettle.rollout import Findings, Position, Tally, decide, findings, share_of
 from fettle.schema import Strict
 from fettle.store import sha256_bytes, write_atomic
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 
 class Record(Strict):

@@ -25,7 +25,7 @@ from deployments.exporter import Exporter
 from fettle.autoscale import LONG_S, SHORT_S, Budget, Count, Decision, Load, Past, arrivals, certain, sized
 from fettle.config import AutoscaleConfig
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 ROUTER = "RouterIngress"
 POLICY = "deployments.autoscaling.EachDeployment"

@@ -22,7 +22,7 @@ from fettle.points import fingerprint
 from fettle.quality import PointState
 from fettle.tokenizer import Tokenizer
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 PINNED = "pinned"
 

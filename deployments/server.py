@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ray.serve.schema import LoggingConfig
 
 APPLICATION = "fettle"
+LOGGERS = ("ray.serve", "ray.serve.fettle")
 # What Ray's own processes, a router and the proxy take beside the replicas.
 RAY_MEMORY_BYTES = 1_500_000_000
 # While the service starts.
@@ -162,7 +163,8 @@ def connected(address: str | None) -> Iterator[None]:
             ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UnavailableError(f"no running Ray could be reached: {error}; give its --address") from error
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
@@ -178,7 +180,7 @@ def redeploy(config: ServeConfig, application: str = APPLICATION) -> None:
     from deployments.app import build
 
     details = _get_global_client().get_serve_details()["applications"][application]
-    target = RunTarget(build(config), application, details["route_prefix"], _telling())
+    target = RunTarget(build(config), application, details["route_prefix"], _quiet())
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
@@ -272,16 +274,17 @@ def _deploy(config: ServeConfig, options: ServerOptions) -> None:
     from ray import serve
 
     if not options.verbose:
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet, logs = (None, None) if options.verbose else (_quiet(), _telling())
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
+    logs = None if options.verbose else _quiet()
     http = {"host": options.host, "port": options.port}
     try:
         if options.address is None:
-            _deploy_on_own(config, options, http, quiet, logs)
+            _deploy_on_own(config, options, http, logs)
             return
         from deployments.app import build
 
-        serve.start(http_options=http, logging_config=quiet)
+        serve.start(http_options=http, logging_config=logs)
         serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=logs)
     except (RuntimeError, TimeoutError) as error:
         raise UnavailableError(f"the service did not come up: {error}") from error
@@ -291,7 +294,6 @@ def _deploy_on_own(
     config: ServeConfig,
     options: ServerOptions,
     http: dict[str, Any],
-    quiet: LoggingConfig | None,
     logs: LoggingConfig | None,
 ) -> None:
     from ray import serve
@@ -301,7 +303,7 @@ def _deploy_on_own(
     from deployments.app import build
 
     with ThreadPoolExecutor(1) as beside:
-        proxied = beside.submit(serve.start, http_options=http, logging_config=quiet)
+        proxied = beside.submit(serve.start, http_options=http, logging_config=logs)
         # It waits for the proxy as well, of which the replicas need nothing.
         while _get_global_client(raise_if_no_controller_running=False) is None and not proxied.done():
             time.sleep(LOOK_EVERY_S)
@@ -351,11 +353,7 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _quiet() -> LoggingConfig:
+    """Of Serve's own lines; see `deployments` for ours: errors, slow requests and decisions, not what went well."""
     from ray.serve.schema import LoggingConfig
 
     return LoggingConfig(encoding="JSON", log_level="WARNING", enable_access_log=False)
-
-
-def _telling() -> LoggingConfig:
-    """Of the application: errors, slow requests and decisions, not requests that went well."""
-    return _quiet().model_copy(update={"log_level": "INFO"})

@@ -31,7 +31,7 @@ from fettle.errors import FettleError, RequestError, UnavailableError
 from fettle.manifest import TaskKind
 from fettle.tokenizer import Tokenizer
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from fettle.generation import Constraint, Finish, Prompt, Sampling, Step
 from fettle.votes import VoteRule, Votes
 from workers.generator import Generator
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 # So many streams are told each token as it comes; where there are more, each waits for its next ones, the longer the
 # more there are: what a piece of text costs on its way does not depend on its tokens.

@@ -31,7 +31,7 @@ from fettle.rollout import EXACT_LEVEL, Compared, Side, Tally, comparable
 from fettle.rows import Row
 from fettle.scheduling import Priority
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 # The old version's latest requests, whose 90th percentile is the measure of slowness, and how many it takes.
 RECENT = 500

@@ -40,7 +40,7 @@ from fettle.model_store import VariantFiles
 from fettle.rows import Exits, Outputs, Rows
 from workers.engine import EngineOptions, open_engine
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 FOLLOW_EVERY_S = 1.0
 AWAIT_EVERY_S = 0.5

@@ -28,7 +28,7 @@ from fettle.errors import FettleError, UsageError
 from fettle.family import Family
 from fettle.model_store import ModelStore
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 MONITOR = "Monitor"
 ANSWER_WITHIN_S = 10.0

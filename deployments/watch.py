@@ -33,7 +33,7 @@ from fettle.rows import Row
 from fettle.scheduling import Priority
 from fettle.usage import Usage
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 REPORT_EVERY_S = 1.0
 REPLY_WITHIN_S = 5.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import IntEnum, auto
 from typing import Any, cast
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 ALIVE_EVERY_S = 1.0
 # For both proofs; a connection that has not proven anything by then is closed.

@@ -29,7 +29,7 @@ from deployments.wire import (
     unpacked,
 )
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 Answers = Mapping[str, Callable[..., Awaitable[Any]]]
 Streams = Mapping[str, Callable[..., AsyncGenerator[Any, None]]]

@@ -14,7 +14,7 @@ from fettle.config import GearConfig
 from fettle.gears import Gear, path_drain_s, shifted
 from fettle.menu import Menu, Way
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("ray.serve.fettle")
 
 # How often readings are taken: `fettle.gears.SMOOTHING` is made for it.
 EVERY_S = 0.1

@@ -29,7 +29,7 @@ def app(tmp_path):
 def lines(caplog) -> list[dict]:
     """As Serve writes them where `logging_config` says JSON."""
     formatter = JSONFormatter()
-    return [json.loads(formatter.format(record)) for record in caplog.records if record.name == "ray.serve"]
+    return [json.loads(formatter.format(record)) for record in caplog.records if record.name == "ray.serve.fettle"]
 
 
 async def ask(app, input: str = "fox", **headers: str):
@@ -59,7 +59,7 @@ def test_a_request_without_an_id_gets_one(given):
 
 
 async def test_nothing_is_written_while_all_is_well(app, caplog):
-    caplog.set_level(logging.DEBUG, "ray.serve")
+    caplog.set_level(logging.DEBUG, "ray.serve.fettle")
     assert (await ask(app)).status_code == 200
     assert not lines(caplog)
 
@@ -83,7 +83,7 @@ async def test_an_error_is_one_line_with_all_that_is_known(app, caplog):
 
 
 async def test_neither_keys_nor_texts_are_written(app, caplog):
-    caplog.set_level(logging.DEBUG, "ray.serve")
+    caplog.set_level(logging.DEBUG, "ray.serve.fettle")
     await ask(app, "the poison quick")
     await ask(app, authorization="Bearer another-secret")
     await ask(app, authorization=f"Basic {KEY}")

@@ -251,7 +251,7 @@ def test_a_certificate_that_is_not_on_the_disk_yet_changes_nothing(served):
 
 def test_a_family_that_cannot_be_read_stays_as_it_was(served, family, caplog):
     (family.directory / "family.json").write_text("{")
-    with caplog.at_level(logging.WARNING, "ray.serve"):
+    with caplog.at_level(logging.WARNING, "ray.serve.fettle"):
         served.learn([state(renewed(TWO)), state(ONE, "revoked")])
     assert "cannot be read, the old one stays" in caplog.text
     assert names(served.menu, 0.02) == ["two"], "and what is revoked is revoked all the same"
@@ -265,7 +265,7 @@ def test_a_family_that_was_rebuilt_is_served_as_it_was(served, family, tmp_path,
     (other.directory / "variants").rename(family.directory / "variants")
     change_json(other.directory / "family.json", points=[renewed(TWO).model_dump(mode="json")])
     (other.directory / "family.json").rename(family.directory / "family.json")
-    with caplog.at_level(logging.WARNING, "ray.serve"):
+    with caplog.at_level(logging.WARNING, "ray.serve.fettle"):
         served.learn([state(renewed(TWO))])
     assert "was rebuilt; restart the service" in caplog.text
     assert names(served.menu, 0.02) == ["one", "two"]

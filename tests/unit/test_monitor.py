@@ -127,7 +127,7 @@ def test_a_family_served_twice_has_its_evidence_twice(directory: Path, clock: Cl
 
 def test_a_family_that_is_not_watched_is_left_out_and_said(watching: Monitor, caplog: pytest.LogCaptureFixture) -> None:
     strays = [replace(pair, family="other") for pair in pairs(3, 3)]
-    with caplog.at_level(logging.WARNING, "ray.serve"):
+    with caplog.at_level(logging.WARNING, "ray.serve.fettle"):
         assert state_of(sync(watching, report(strays + pairs(0, 2)))).shadows == 2
     assert "other, which is not watched here" in caplog.text
 
@@ -240,7 +240,7 @@ def test_a_damaged_file_changes_nothing_and_is_said_once(
     whole = (directory / "family.json").read_bytes()
     before = sync(watching, report(pairs(20, 100))).states
     (directory / "family.json").write_bytes(content)
-    with caplog.at_level(logging.WARNING, "ray.serve"):
+    with caplog.at_level(logging.WARNING, "ray.serve.fettle"):
         assert sync(watching).states == before
         assert sync(watching, report(pairs(0, 30, LOOSE))).states[0] == before[0]
     assert caplog.text.count("the operating points stay as they were") == 1
@@ -258,7 +258,7 @@ def test_a_family_that_was_rebuilt_is_watched_as_it_was(
     other = make_fake_family(tmp_path / "other", variants=[FakeVariant("b")]).directory
     give(other, [point(STEP, 0.3)])
     (directory / "family.json").write_bytes((other / "family.json").read_bytes())
-    with caplog.at_level(logging.WARNING, "ray.serve"):
+    with caplog.at_level(logging.WARNING, "ray.serve.fettle"):
         # The routers still serve the old points, and must hear of the alarm.
         assert state_of(sync(watching, report(pairs(20, 100)))).status == "revoked"
     assert "was rebuilt; restart the service" in caplog.text

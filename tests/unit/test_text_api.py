@@ -321,7 +321,7 @@ async def test_what_fails_later_ends_a_stream_with_an_event(families, path, body
 @PATHS
 async def test_a_bug_in_a_stream_tells_nothing(families, path, body, caplog):
     _, app = serving(families, lambda call: [*framed(pieces_of(call, 0, "abcdefgh"))[:1], KeyError("secret")])
-    with caplog.at_level(logging.ERROR, "ray.serve"):
+    with caplog.at_level(logging.ERROR, "ray.serve.fettle"):
         *_, failure, done = events(await ask(app, path, **body, stream=True))
     assert failure["error"]["type"] == "server_error"
     assert "secret" not in json.dumps(failure)

@@ -280,7 +280,7 @@ async def test_a_row_that_the_reference_cannot_do_is_no_pair(tmp_path, caplog):
     made = make_fake_family(tmp_path / "family", variants=variants, points=[CHEAP])
     async with monitoring([made]) as monitor:
         router = await started(monitor, made)
-        with caplog.at_level(logging.WARNING, "ray.serve"):
+        with caplog.at_level(logging.WARNING, "ray.serve.fettle"):
             await asyncio.gather(*(ask(router, [each], max_disagreement=0.05) for each in ("the poison", "the fox")))
             await compared(router)
         await router.watch.report()
