@@ -58,6 +58,8 @@ class Findings:
     sent: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    # Of the given processes, every 200 requests.
+    memory_mb: list[float] = field(default_factory=list)
 
 
 def attack(port: int, send: Send, *, within_s: float = WITHIN_S, to_the_end: bool = True) -> Outcome:
@@ -198,8 +200,10 @@ def strike(options: argparse.Namespace, findings: Findings) -> None:
         findings.sent += 1
         findings.statuses.update(map(str, outcome.statuses or ["none"]))
         findings.wrong += judge(each, outcome)
-        if number % 200 == 199 and ask(options.port, options.key) != before:
-            findings.wrong.append(f"an ordinary request was answered otherwise after {findings.sent} requests")
+        if number % 200 == 199:
+            findings.memory_mb.append(round(memory_mb(options.pid), 1))
+            if ask(options.port, options.key) != before:
+                findings.wrong.append(f"an ordinary request was answered otherwise after {findings.sent} requests")
     if ask(options.port, options.key) != before:
         findings.wrong.append("an ordinary request is answered otherwise than before")
 
@@ -251,6 +255,7 @@ def main() -> None:
         "seed": options.seed,
         "statuses": dict(sorted(findings.statuses.items())),
         "grown_mb": round(grown, 1),
+        "memory_mb": findings.memory_mb,
         **slow,
         "wrong": findings.wrong,
     }
