@@ -1,7 +1,8 @@
 """Clients that ask for long streams and take a byte a second of them, for `benchmarks.hostile` and the tests.
 
-Each asks for more than all buffers between it and the replica hold. What counts is what they cost others: slots at the
-replicas, memory of the router, and connections that the service keeps for them.
+What counts is what they cost others: slots at the replicas, memory of the router, and connections that the service
+keeps for them. The kernel may take a whole reply into its buffers; where it does not, the router gives such a client up
+(`deployments.streams.STALLED_S`), which the unit tests show.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import psutil
 from benchmarks.hostile_corpus import JSON, request
 
 EVERY_S = 1.0
-# A choice's texts with the likeliest tokens beside each: about half a megabyte, of which a client asks for several.
+# Several texts, with the likeliest tokens beside each.
 WISH = {"max_tokens": 400, "n": 8, "logprobs": 5, "temperature": 1.0, "ignore_eos": True, "stream": True}
 
 

@@ -164,7 +164,7 @@ def test_a_fresh_reader_brings_it_up(operator: Operator):
         reply = operator.run(f"curl -s localhost:8000/classify -H 'content-type: application/json' -d '{body}'")
         assert json.loads(reply)["fettle"]["point"] == "within-0.01"
     operator.run(f"ray down --yes {up}")
-    # The head's at once, and those of the workers when they have missed it for a minute.
+    # The head's at once, and those of the workers when they have missed it for a while.
     wait_for(lambda: not rays(operator), 180.0, "Ray has ended")
 
 
