@@ -4,10 +4,10 @@
 
 A group is one service: replicas of each variant and their threads. Before its loads, what things cost on this machine
 at this moment is measured: each engine alone in as many processes as there are cores, and of the serving path the
-processor time of a request, a batch and an idle second, with one pinned variant. Then each configuration of the group
-meets the same open loop by `fettle bench` and in simulation: five rates around the predicted capacity, one after the
-other. The throughput at the objective is where p99 crosses it; p99 is compared at the second rate. The client's own
-time is simulated too, since it shares the cores.
+processor time of a request, a batch and an idle second, with one pinned variant. Then each configuration of the group,
+just started, meets the same open loop by `fettle bench` and in simulation: five rates around the predicted capacity,
+one after the other. The throughput at the objective is where p99 crosses it; p99 is compared at the second rate. The
+client's own time is simulated too, since it shares the cores.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ from fettle.latency import estimate_ms
 from fettle.plan.cell import Cell, ServingCosts, Setup
 from fettle.plan.sizing import Objective, capacity, percentile
 from fettle.plan.workload import mixed
-from fettle.rows import Rows
+from fettle.rows import CALL_TOKENS, Rows, engine_calls
 from fettle.tokenizer import Tokenizer
 
 LOG = Path("build/benchmark-logs/plan-check.log")
@@ -56,6 +57,8 @@ PINNED = "onnx-int8"
 RATES = (0.5, 0.7, 0.9, 1.1, 1.3)
 COMPARED = 1
 OBJECTIVE_MS = 250.0
+# After a start or a load, until only what always goes on goes on; and how long that is then watched.
+SETTLE_S, IDLE_S = 5.0, 8.0
 RATE_WITHIN, P99_WITHIN = 0.15, 0.25
 # By group: replicas of each variant, threads of one, and the mixes that it meets.
 GROUPS: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -68,11 +71,12 @@ GROUPS: dict[str, tuple[int, int, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was measured before the loads. `paces` by variant: over its table; `client_ms` a request."""
+    """What was measured before the loads. `paces` by variant: over its table; `client_ms` a request; `seen` by load."""
 
     paces: dict[str, float]
     costs: ServingCosts
     client_ms: float
+    seen: dict[str, dict[str, float]]
 
 
 def main() -> None:
@@ -114,12 +118,16 @@ def run_group(group: str, family: Family, cores: int, options: argparse.Namespac
         measured = []
         with Server(spec, LOG) as server:
             say(f"{group}: serving costs")
-            found = calibrated(server, plan, family, paces, lengths)
+            found = calibrated(server, plan, family, paces, lengths, threads)
             say(json.dumps(asdict(found)))
-            setups = {mix: setup_of(family, mix, config, replicas, lengths, found, cores) for mix in mixes}
-            for mix, setup in setups.items():
-                rate = capacity(setup, Objective(OBJECTIVE_MS), requests=500)
+        setups = {mix: setup_of(family, mix, config, replicas, lengths, found, cores) for mix in mixes}
+        for mix, setup in setups.items():
+            rate = capacity(setup, Objective(OBJECTIVE_MS), requests=500)
+            # A service that was under load is in other gears for up to a minute; a simulation begins in the first ones.
+            with Server(spec, LOG) as server:
                 say(f"{group}: {mix}, up to {RATES[-1] * rate:.0f} requests/s")
+                measure(replace(plan, model=asked_model(plan, mix, setup), connections=1, seconds=2.0))
+                time.sleep(SETTLE_S)
                 measured.append(measured_load(server, plan, setup, mix, rate, options.seconds, cores))
     rows = []
     for (mix, setup), (load, samples, others) in zip(setups.items(), measured, strict=True):
@@ -163,24 +171,28 @@ def engine_ms(directory: Path, threads: int, lengths: Sequence[int], seconds: fl
 
 
 def calibrated(
-    server: Server, plan: LoadPlan, family: Family, paces: Mapping[str, float], lengths: Sequence[int]
+    server: Server, plan: LoadPlan, family: Family, paces: Mapping[str, float], lengths: Sequence[int], threads: int
 ) -> Calibration:
     """Processor time by process: idle, with one client, and with many that share batches; all with a pinned variant."""
     pinned = replace(plan, model=f"{family.name}:{PINNED}", seconds=4.0, warm_up=1.0)
     measure(replace(pinned, connections=16, seconds=3.0))
-    time.sleep(1.0)
+    time.sleep(SETTLE_S)
     parts = Parts(server)
     before = parts.spent()
-    time.sleep(3.0)
-    idle = {part: (spent - before[part]) / 3.0 for part, spent in parts.spent().items()}
+    time.sleep(IDLE_S)
+    idle = {part: (spent - before[part]) / IDLE_S for part, spent in parts.spent().items()}
     one, many = (one_load(parts, replace(pinned, connections=count), idle) for count in (1, 32))
     # Router time a request: a + b x batches a request.
     batch = max(0.0, (one["router"] - many["router"]) / max(1e-6, one["batches"] - many["batches"]))
     request = max(0.1, one["router"] - batch * one["batches"])
-    measured = family.variant(PINNED).measured
-    assert measured is not None
-    engine = paces[PINNED] * float(np.mean([estimate_ms(measured.latency, 1, length) for length in lengths]))
-    replica = max(0.0, one["replicas"] / one["batches"] - engine)
+    # What a batch takes of a replica is its engine's time and something for each batch. The engine is slower there than
+    # alone in a process, so both are of the service: a batch of one row, and one of many.
+    alone, full = (call_ms(family, lengths, 1 / load["batches"], threads) for load in (one, many))
+    took, took_full = (load["replicas"] / load["batches"] for load in (one, many))
+    slower = (took_full - took) / (full - alone) / threads / paces[PINNED] if full > alone else 1.0
+    paces = {name: pace * slower for name, pace in paces.items()}
+    engine = paces[PINNED] * alone
+    replica = max(0.0, took - threads * engine)
     proxy = many["proxy"]
     wire = (one["mean_ms"] - engine - replica - batch - request - proxy - many["client"]) / 2
     costs = ServingCosts(
@@ -189,10 +201,29 @@ def calibrated(
         reply=0.4 * request,
         batch=batch,
         replica=replica,
+        beside=many["rest"],
         wire=max(0.0, wire),
         background=sum(idle.values()),
     )
-    return Calibration(dict(paces), costs, many["client"])
+    return Calibration(dict(paces), costs, many["client"], {"one": one, "many": many, "idle": idle})
+
+
+def call_ms(family: Family, lengths: Sequence[int], rows: float, threads: int) -> float:
+    """By the table, the mean time of a batch of so many rows of these lengths, which may lie between whole numbers."""
+    measured = family.variant(PINNED).measured
+    assert measured is not None
+    low = max(1, math.floor(rows))
+    chance = random.Random(0)
+    times = []
+    for count in (low, low + 1):
+        batches = [chance.choices(lengths, k=count) for _ in range(200)]
+        calls = [
+            (max(batch[row] for row in call), len(call))
+            for batch in batches
+            for call in engine_calls(batch, threads * CALL_TOKENS)
+        ]
+        times.append(sum(estimate_ms(measured.latency, size, longest) for longest, size in calls) / len(batches))
+    return times[0] + (rows - low) * (times[1] - times[0])
 
 
 def one_load(server_parts: Parts, plan: LoadPlan, idle: Mapping[str, float]) -> dict[str, float]:
@@ -286,13 +317,23 @@ def measured_load(
     server: Server, plan: LoadPlan, setup: Setup, mix: str, rate: float, seconds: float, cores: int
 ) -> tuple[LoadPlan, Samples, float]:
     flows = [asked_flow(flow, rate, seconds, each.share) for flow, each in zip(mix_of(mix), setup.asked, strict=True)]
-    model = f"{plan.model}:{mix}" if setup.asked[0].variant else plan.model
-    load = replace(plan, model=model, flows=tuple(flows), seconds=len(RATES) * seconds, warm_up=0.0, drain=10.0)
+    load = replace(
+        plan,
+        model=asked_model(plan, mix, setup),
+        flows=tuple(flows),
+        seconds=len(RATES) * seconds,
+        warm_up=0.0,
+        drain=10.0,
+    )
     server_s, machine_s = server.cpu_seconds(), busy_seconds()
     found = measure(load)
     spent = busy_seconds() - machine_s - (server.cpu_seconds() - server_s)
     spent -= sum(client["client_cpu_s"] for client in found.clients)
     return load, found.inside, round(max(0.0, spent) / cores / found.window_s, 3)
+
+
+def asked_model(plan: LoadPlan, mix: str, setup: Setup) -> str | None:
+    return f"{plan.model}:{mix}" if setup.asked[0].variant else plan.model
 
 
 def asked_flow(flow: Flow, rate: float, seconds: float, share: float) -> Flow:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# Padded tokens in one call of an engine on CPU, per thread: benchmarks/LOG.md, "micro-batches".
+CALL_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -100,6 +103,19 @@ def joined(parts: Sequence[Rows]) -> Rows:
         lengths=np.concatenate([part.lengths for part in parts]),
         type_ids=np.concatenate(zeros) if typed else None,
     )
+
+
+def engine_calls(lengths: Sequence[int], tokens: int | None, *, row_by_row: bool = False) -> list[list[int]]:
+    """A batch as the calls that an engine makes of it, by row numbers: sorted by length, `tokens` padded ones in each.
+
+    `tokens` None: all in one call.
+    """
+    if row_by_row:
+        return [[row] for row in range(len(lengths))]
+    if tokens is None or len(lengths) == 1 or max(lengths) * len(lengths) <= tokens // 2:
+        return [list(range(len(lengths)))]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return list(in_batches(order, lengths, len(lengths), tokens))
 
 
 def in_batches(order: Sequence[int], lengths: Sequence[int], rows: int, tokens: int) -> Iterable[list[int]]:

@@ -17,12 +17,10 @@ from numpy.typing import NDArray
 
 from fettle.errors import EngineError, FamilyError, UsageError, first_line
 from fettle.manifest import VariantManifest
-from fettle.rows import Exits, Outputs, Rows, in_batches
+from fettle.rows import CALL_TOKENS, Exits, Outputs, Rows, engine_calls
 from workers.engine import EngineOptions, warm_up_rows
 
 MODEL_FILE = "model.onnx"
-# Padded tokens in one call on CPU, per thread: benchmarks/LOG.md, "micro-batches".
-CALL_TOKENS = 256
 # ONNX Runtime fuses these at load. Its fused CPU kernels are the slower ones: SkipLayerNormalization takes seven
 # times as long as Add and LayerNormalization (benchmarks/LOG.md, "fusions that cost").
 SLOWER_ON_CPU = ["SkipLayerNormFusion", "BiasGeluFusion"]
@@ -86,12 +84,9 @@ def call_tokens(options: EngineOptions) -> int | None:
 
 def in_calls(rows: Rows, tokens: int | None, *, row_by_row: bool) -> list[tuple[NDArray[np.int64], Rows]]:
     """The batch as the calls that answer it: row numbers, and those rows."""
-    if row_by_row:
-        return [(np.array([row]), taken(rows, [row])) for row in range(len(rows))]
-    if tokens is None or len(rows) == 1 or rows.longest * len(rows) <= tokens // 2:
+    calls = engine_calls(rows.lengths.tolist(), tokens, row_by_row=row_by_row)
+    if len(calls) == 1:
         return [(np.arange(len(rows)), rows)]
-    order = np.argsort(rows.lengths, kind="stable").tolist()
-    calls = in_batches(order, rows.lengths.tolist(), len(rows), tokens)
     return [(np.array(chosen), taken(rows, chosen)) for chosen in calls]
 
 

@@ -21,12 +21,20 @@ from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, work_shares
 from fettle.family import Family
 from fettle.gearbox import EVERY_S, Gearbox
 from fettle.latency import estimate_ms
-from fettle.manifest import LatencyTable
+from fettle.manifest import LatencyTable, Runtime
 from fettle.menu import Menu, Way
 from fettle.plan.cores import Cores, Done, Process
 from fettle.plan.station import Row, Station
 from fettle.plan.workload import Arriving, Asked, Visit, Ways, chances
+from fettle.rows import CALL_TOKENS, engine_calls
 from fettle.scheduling import BatchBounds
+
+# How often Ray's own processes have something to do: Serve's control loop, and about as often the agents.
+BURST_EVERY_S = 0.5
+
+
+def nobody(_: float) -> None:
+    """Is told of what nobody waits for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +45,9 @@ class ServingCosts:
     two cores of an AMD EPYC (Zen 5); the others are estimates.
 
     `proxy`: HAProxy, a request; `intake`: the router until a request is queued; `reply`: from an answer until it is
-    sent; `batch`: the router, a batch, both ways; `replica`: a replica, a batch, beside its engine. `wire` is no work
-    but time: one way between router and replica. `background`: cores that Ray takes for itself on each node, always.
+    sent; `batch`: the router, a batch, both ways; `replica`: a replica, a batch, beside its engine; `beside`: Ray's
+    other processes, a request. `wire` is no work but time: one way between router and replica. `background`: cores that
+    Ray takes for itself on each node, always, in bursts.
     """
 
     proxy: float = 0.15
@@ -46,6 +55,7 @@ class ServingCosts:
     reply: float = 0.35
     batch: float = 2.4
     replica: float = 2.35
+    beside: float = 0.15
     wire: float = 0.4
     background: float = 0.08
 
@@ -56,7 +66,7 @@ class ServingCosts:
 
     def at_pace(self, pace: float) -> ServingCosts:
         """On a machine that takes `pace` times as long for everything."""
-        work = {name: pace * getattr(self, name) for name in ("proxy", "intake", "reply", "batch", "replica")}
+        work = {name: pace * getattr(self, name) for name in ("proxy", "intake", "reply", "batch", "replica", "beside")}
         return replace(self, **work)
 
 
@@ -127,9 +137,10 @@ class Cell:
         self._setup = setup
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
-        self._cores = Cores(float("inf") if setup.cores is None else max(0.1, setup.cores - setup.costs.background))
+        self._cores = Cores(float("inf") if setup.cores is None else setup.cores)
         self._chances = chances(seed)
         self._routers = [Process(self._cores) for _ in range(setup.routers)]
+        self._ray = Process(self._cores)
         self._proxy, self._client = Process(self._cores, threads=setup.routers), Process(self._cores)
         self._menu = Menu(setup.family, setup.replicas)
         self._ways = Ways(setup.family)
@@ -146,6 +157,7 @@ class Cell:
         """Everything that comes within `warm_up` and `seconds`, to its end."""
         end = warm_up + seconds
         tick = 0.0
+        self._later(0.0, lambda now: self._burst(now, end))
         nothing = (float("inf"), 0, 0)
         following = next(coming, nothing)
         busy: dict[str, float] | None = None
@@ -173,11 +185,24 @@ class Cell:
                 self._come(_Request(at, asked, text, length, self._chances.random()), at)
         return self._summary(warm_up, seconds, busy or {})
 
+    def _burst(self, now: float, end: float) -> None:
+        """Ray's own work, now and again until the end."""
+        self._beside(self._setup.costs.background * BURST_EVERY_S, now)
+        if now + BURST_EVERY_S < end:
+            self._later(now + BURST_EVERY_S, lambda then: self._burst(then, end))
+
+    def _beside(self, seconds: float, now: float) -> None:
+        """Work of Ray's, which only who shares its cores feels."""
+        if self._setup.cores is not None:
+            self._ray.add(seconds, nobody, now)
+
     # What happens to a request, in order
 
     def _come(self, request: _Request, now: float) -> None:
         self._requests.append(request)
         costs = self._setup.costs
+
+        self._beside(costs.beside / 1000, now)
 
         def at_router(at: float) -> None:
             self._at_router(costs.intake, lambda done: self._admit(request, done), at)
@@ -304,18 +329,22 @@ class Cell:
         )
 
     def _engine_time(self, name: str) -> Callable[[Sequence[Row]], float]:
-        """Core seconds of a batch: the table's time of as many rows of their mean length, as far as they go."""
+        """Core seconds of a batch: the table's time of the calls that the engine makes of it, as far as rows go."""
         table, threads = table_of(self._setup, name), self._setup.config.replicas.threads
         pace = self._setup.paces.get(name, 1.0) * threads / 1000
+        variant = self._setup.family.variant(name)
+        cut = variant.runtime is Runtime.ONNX and self._setup.config.replicas.device == "cpu"
+        most = CALL_TOKENS * threads if cut else None
 
         @cache
         def whole(rows: int, length: int) -> float:
             return pace * estimate_ms(table, rows, length)
 
         def seconds(batch: Sequence[Row]) -> float:
-            tokens = sum(row.length for row in batch)
-            part = sum(row.length * row.work for row in batch) / tokens
-            return whole(len(batch), max(1, round(tokens / len(batch)))) * part
+            lengths = [row.length for row in batch]
+            part = sum(row.length * row.work for row in batch) / sum(lengths)
+            calls = engine_calls(lengths, most, row_by_row=cut and variant.row_by_row)
+            return sum(whole(len(call), max(lengths[row] for row in call)) for call in calls) * part
 
         return seconds
 

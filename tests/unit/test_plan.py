@@ -24,7 +24,7 @@ from fettle.plan.sizing import Node, Objective, capacity, demand, nodes_for, per
 from fettle.plan.workload import Ways, arrivals, mixed
 from tests.fakes import FakeVariant, make_fake_family, make_point, make_step
 
-FREE = ServingCosts(proxy=0, intake=0, reply=0, batch=0, replica=0, wire=0, background=0)
+FREE = ServingCosts(proxy=0, intake=0, reply=0, batch=0, replica=0, beside=0, wire=0, background=0)
 LENGTH = 20
 
 
@@ -156,6 +156,15 @@ def test_a_client_on_the_same_cores_takes_its_part(family):
 
 
 # Sizes
+
+
+def test_what_ray_does_for_itself_comes_in_bursts_and_slows_whom_it_meets(family):
+    """A tenth of a second of a core each half second; a replica yields to it by its niceness, and else takes 4 ms."""
+    setup = replace(setup_of(family, "int8"), cores=1.0, costs=replace(FREE, background=0.2))
+    ms = Cell(setup).run(every(0.025), seconds=10).ms
+    assert ms.min() == pytest.approx(4.0, rel=0.01)
+    assert ms.max() == pytest.approx(4.0 * (1 + 1.25**5), rel=0.01)
+    assert 0.15 < (ms > 6).mean() < 0.3
 
 
 def test_capacity_is_what_a_server_bears(family):

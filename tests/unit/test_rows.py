@@ -8,7 +8,7 @@ from pydantic import JsonValue, ValidationError
 
 from fettle.errors import EngineError
 from fettle.manifest import PassRecord, VariantManifest
-from fettle.rows import Row, Rows, in_batches
+from fettle.rows import Row, Rows, engine_calls, in_batches
 from tests.fakes import classify_task, tokenizer_spec
 from workers.fake import FakeEngine, expected
 
@@ -92,3 +92,20 @@ def test_the_fake_engine_fails_where_it_is_told_to() -> None:
 def test_the_fake_engine_takes_no_unknown_parameter() -> None:
     with pytest.raises(ValidationError, match="ms_per_row"):
         fake_engine(ms_per_row=3)
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=40), st.integers(16, 512))
+def test_an_engine_makes_calls_of_like_lengths_that_hold_every_row_once(lengths, tokens):
+    calls = engine_calls(lengths, tokens)
+    assert sorted(row for call in calls for row in call) == list(range(len(lengths)))
+    for call in calls:
+        assert len(call) == 1 or max(lengths[row] for row in call) * len(call) <= tokens
+    longest = [max(lengths[row] for row in call) for call in calls]
+    assert longest == sorted(longest)
+
+
+def test_an_engine_makes_one_call_of_little_or_of_anything_and_one_a_row_where_it_has_to():
+    assert engine_calls([30, 10, 20], 180) == [[0, 1, 2]]
+    assert engine_calls([30, 10, 20], 64) == [[1, 2], [0]]
+    assert engine_calls([300, 10], None) == [[0, 1]]
+    assert engine_calls([3, 1], 512, row_by_row=True) == [[0], [1]]
