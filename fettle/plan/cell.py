@@ -41,8 +41,8 @@ def nobody(_: float) -> None:
 class ServingCosts:
     """Processor ms of the serving path, beside the engines' own time.
 
-    `benchmarks.plan_check` measures them on a machine. The defaults of `batch` and `replica` are from one such run on
-    two cores of an AMD EPYC (Zen 5); the others are estimates.
+    `benchmarks.plan_check` measures them on a machine. The defaults lie between two such calibrations on two cores of
+    an AMD EPYC (Zen 5); `beside` and `background` are of `benchmarks.idle` there.
 
     `proxy`: HAProxy, a request; `intake`: the router until a request is queued; `reply`: from an answer until it is
     sent; `batch`: the router, a batch, both ways; `replica`: a replica, a batch, beside its engine; `beside`: Ray's
@@ -51,13 +51,13 @@ class ServingCosts:
     """
 
     proxy: float = 0.15
-    intake: float = 0.55
+    intake: float = 0.53
     reply: float = 0.35
-    batch: float = 2.4
-    replica: float = 2.35
-    beside: float = 0.15
-    wire: float = 0.4
-    background: float = 0.08
+    batch: float = 1.9
+    replica: float = 1.8
+    beside: float = 0.17
+    wire: float = 0.57
+    background: float = 0.18
 
     @property
     def request_ms(self) -> float:
