@@ -24,8 +24,15 @@ test:
 long:
 	pytest -m long
 
+# What needs nothing but this checkout, about 40 minutes; the rest, with the models it takes, is in benchmarks/README.md.
 bench:
+	python -m benchmarks.serving_path
 	python -m benchmarks.encoder_serving
+	python -m benchmarks.generation_engine
+	python -m benchmarks.generation_serving
+	python -m benchmarks.autoscaling
+	python -m benchmarks.many_replicas
+	python -m benchmarks.bench_agrees
 
 demo:
 	fettle demo
