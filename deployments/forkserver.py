@@ -19,6 +19,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ import numpy as np
 
 PR_SET_PDEATHSIG = 1
 ANSWER_WITHIN_S = 20.0
+END_WITHIN_S = 10.0
 LONGEST_REQUEST = 1 << 20
 RAYLET_PID = "RAY_RAYLET_PID"
 # What workers of Serve import, and those of Fettle.
@@ -44,9 +46,12 @@ MODULES = (
     "ray.serve._private.replica",
     "deployments.app",
 )
-# The standard library alone, and little of it: every worker's start goes through here.
+# The standard library alone, and little of it: every worker's start goes through here. Its first lines are a command
+# for a shell and a string for Python, since what stands after #! can neither be long nor have spaces.
 STAND_IN = """\
-#!{python} -IS
+#!/bin/sh
+'''exec' {quoted} -IS "$0" "$@"
+' '''
 import os, sys
 arguments = sys.argv[1:]
 if any(argument.endswith({without!r}) for argument in arguments[:2]):
@@ -80,9 +85,7 @@ def started(directory: Path, modules: Sequence[str] = MODULES, without: Sequence
     `without`: scripts that are not run; who starts one finds that it lives.
     """
     address, script, own = directory / "forks.sock", directory / "python", Path(__file__).resolve()
-    values = {"python": sys.executable, "seconds": ANSWER_WITHIN_S, "address": str(address), "without": tuple(without)}
-    script.write_text(STAND_IN.format(**values), encoding="utf-8")
-    script.chmod(0o700)
+    write_stand_in(script, sys.executable, address, without)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(address))
         listener.listen(64)
@@ -92,7 +95,18 @@ def started(directory: Path, modules: Sequence[str] = MODULES, without: Sequence
         yield script
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(END_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def write_stand_in(script: Path, python: str, address: Path, without: Sequence[str] = ()) -> None:
+    """The script that Ray starts in the place of `python`; the server listens at `address`."""
+    values = {"python": python, "quoted": shlex.quote(python), "seconds": ANSWER_WITHIN_S, "address": str(address)}
+    script.write_text(STAND_IN.format(**values, without=tuple(without)), encoding="utf-8")
+    script.chmod(0o700)
 
 
 @contextmanager

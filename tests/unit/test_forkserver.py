@@ -69,7 +69,7 @@ def test_a_worker_has_the_arguments_environment_directory_and_output_of_who_aske
     found = forked(python, tmp_path, "0", "--of=it")
     assert found["arguments"] == ["0", "--of=it"]
     assert found["environment"]["OWN"] == "value"
-    assert set(found["environment"]) <= {"PATH", "PYTHONPATH", "OWN", "LC_CTYPE"}
+    assert set(found["environment"]) <= {"PATH", "PYTHONPATH", "OWN", "LC_CTYPE", "PWD"}
     assert found["directory"] == str(tmp_path)
     assert found["main"] == "__main__"
     assert "forkserver.py" in " ".join(psutil.Process(found["parent"]).cmdline())
@@ -114,6 +114,15 @@ def test_what_is_left_out_lives_and_does_nothing(tmp_path):
             assert wait_until(lambda: command(psutil.Process(left_out.pid)) == "sleep infinity", 30)
             left_out.kill()
         assert run(python, "-c", "print('log_monitor.py')", cwd=tmp_path).stdout == "log_monitor.py\n"
+
+
+def test_python_may_be_anywhere(tmp_path):
+    place = tmp_path / "it's \\ a $HOME of Python" / ("deep" * 30)
+    place.mkdir(parents=True)
+    (place / "python").symlink_to(Path(sys.executable).resolve())
+    forkserver.write_stand_in(tmp_path / "python", str(place / "python"), tmp_path / "nobody.sock")
+    found = run(tmp_path / "python", "-c", "import sys; print(sys.argv[1:])", "a b", "$HOME", cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (0, "['a b', '$HOME']\n"), found.stderr
 
 
 def test_without_a_server_workers_are_run_by_python(tmp_path):
