@@ -41,8 +41,8 @@ def nobody(_: float) -> None:
 class ServingCosts:
     """Processor ms of the serving path, beside the engines' own time.
 
-    `benchmarks.plan_check` measures them on a machine. The defaults lie between two such calibrations on two cores of
-    an AMD EPYC (Zen 5); `beside` and `background` are of `benchmarks.idle` there.
+    `benchmarks.plan_check` measures them on a machine. The defaults lie between the two such calibrations of one run on
+    two cores of an AMD EPYC (Zen 5).
 
     `proxy`: HAProxy, a request; `intake`: the router until a request is queued; `reply`: from an answer until it is
     sent; `batch`: the router, a batch, both ways; `replica`: a replica, a batch, beside its engine; `beside`: Ray's
@@ -50,14 +50,14 @@ class ServingCosts:
     Ray takes for itself on each node, always, in bursts.
     """
 
-    proxy: float = 0.15
-    intake: float = 0.53
-    reply: float = 0.35
-    batch: float = 1.9
-    replica: float = 1.8
-    beside: float = 0.17
-    wire: float = 0.57
-    background: float = 0.18
+    proxy: float = 0.13
+    intake: float = 0.46
+    reply: float = 0.31
+    batch: float = 1.4
+    replica: float = 1.5
+    beside: float = 0.08
+    wire: float = 0.23
+    background: float = 0.17
 
     @property
     def request_ms(self) -> float:
