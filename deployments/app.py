@@ -25,6 +25,7 @@ from deployments.border import Api
 from deployments.exporter import Exporter
 from deployments.fleet import Fleet, deployment_name
 from deployments.followers import autoscaling_stats, demands_of, followers
+from deployments.journal import speak
 from deployments.keyring import Keyring
 from deployments.lane import Lane, Queued, Replicas
 from deployments.links import Links
@@ -80,6 +81,7 @@ class RouterIngress:
         kept: Collection[DeploymentHandle] = (),
     ) -> None:
         """`kept`: replicas that only the routers before this one ask; there are some while a service is replaced."""
+        speak()
         followed: dict[str, Followed] = {}
         links: dict[str, Links] = {}
         families = {}

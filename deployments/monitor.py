@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from ray import serve
 
 from deployments.exporter import EVERY_S, Exporter
+from deployments.journal import speak
 from deployments.monitor_metrics import tell_points
 from deployments.reports import FORGET_AFTER_S
 from deployments.reports import MonitorReply as MonitorReply
@@ -213,6 +214,7 @@ class MonitorDeployment:
 
     def __init__(self, served: ServeConfig) -> None:
         """`served`: what the service was deployed with; kept for whoever replaces it."""
+        speak()
         config, versions = served.monitor, versions_of(served)
         application = serve.get_replica_context().app_name
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from deployments import fastpath, forkserver
+from deployments.journal import OURS
 from deployments.keyring import Keyring
 from fettle.config import ServeConfig
 from fettle.errors import UnavailableError, UsageError
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from ray.serve.schema import LoggingConfig
 
 APPLICATION = "fettle"
-LOGGERS = ("ray.serve", "ray.serve.fettle")
+LOGGERS = ("ray.serve", OURS)
 # What Ray's own processes, a router and the proxy take beside the replicas.
 RAY_MEMORY_BYTES = 1_500_000_000
 # While the service starts.
@@ -353,7 +354,7 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _quiet() -> LoggingConfig:
-    """Of Serve's own lines; see `deployments` for ours: errors, slow requests and decisions, not what went well."""
+    """Of Serve's own lines; of ours, errors, slow requests and decisions, see `deployments.journal.speak`."""
     from ray.serve.schema import LoggingConfig
 
     return LoggingConfig(encoding="JSON", log_level="WARNING", enable_access_log=False)

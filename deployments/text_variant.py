@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from tokenizers import Tokenizer as FastTokenizer
 
 from deployments.exporter import EVERY_S, Exporter
+from deployments.journal import speak
 from deployments.link import Link
 from deployments.links import Links
 from deployments.silence import Patience, next_of, told_regularly
@@ -59,6 +60,7 @@ class TextVariant:
     """Owns one loaded variant, whose generator works on a thread of its own."""
 
     def __init__(self, files: VariantFiles, options: TextOptions, tracing: TracingConfig | None = None) -> None:
+        speak()
         # Of this thread and those that it starts, the engine's among them.
         os.nice(options.niceness)
         runner = files.load(lambda directory: open_runner(directory, options.engine))

@@ -28,6 +28,7 @@ from ray.serve.schema import ReplicaState
 
 from deployments import endpoints
 from deployments.fleet import Fleet
+from deployments.journal import speak
 from deployments.links import Links
 from deployments.silence import Patience
 from deployments.slots import SlotLostError
@@ -64,6 +65,7 @@ class Variant:
         wire: bool = True,
         tracing: TracingConfig | None = None,
     ) -> None:
+        speak()
         # Of this thread and those that it starts, the engine's among them.
         os.nice(niceness)
         began = time.perf_counter()

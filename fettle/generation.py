@@ -74,6 +74,10 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
     end: float = float("nan")
 
+    def __reduce__(self) -> tuple[type[Token], tuple[object, ...]]:
+        """Pickled by its arguments: what dataclasses bring along for it takes three times as long."""
+        return Token, (self.id, self.logprob, self.top, self.end)
+
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
