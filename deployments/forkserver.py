@@ -90,7 +90,9 @@ def started(directory: Path, modules: Sequence[str] = MODULES, without: Sequence
         listener.bind(str(address))
         listener.listen(64)
         command = [sys.executable, "-P", str(own), str(listener.fileno()), str(own.parent.parent), *modules]
-        server = subprocess.Popen(command, pass_fds=[listener.fileno()], start_new_session=True)
+        # Numpy starts threads when it is imported, unless it is told not to; workers have an environment of their own.
+        alone = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        server = subprocess.Popen(command, pass_fds=[listener.fileno()], start_new_session=True, env=alone)
     try:
         yield script
     finally:

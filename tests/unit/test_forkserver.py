@@ -173,6 +173,9 @@ def long_worker(python: Path, directory: Path, environment: dict[str, str]) -> p
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as asking:
         assert asking.stdout is not None
         worker = psutil.Process(int(asking.stdout.readline()))
+        if worker.pid == asking.pid:
+            asking.kill()
+            pytest.fail("it was no fork")
     assert lives(worker)
     return worker
 
