@@ -213,6 +213,8 @@ class Forks:
                 self.raylet = os.pidfd_open(int(worker.environment[RAYLET_PID]))
             child = os.fork()
             if not child:
+                # Ray ends the group of a worker that died.
+                os.setpgid(0, 0)
                 return worker
             self.children.add(child)
             for file in worker.files:

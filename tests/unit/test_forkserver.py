@@ -75,6 +75,13 @@ def test_a_worker_has_the_arguments_environment_directory_and_output_of_who_aske
     assert "forkserver.py" in " ".join(psutil.Process(found["parent"]).cmdline())
 
 
+def test_a_worker_has_a_process_group_of_its_own(python, tmp_path):
+    """Ray ends the group of a worker that died: in one with the others, that would be all of them."""
+    worker = long_worker(python, tmp_path, {})
+    assert os.getpgid(worker.pid) == worker.pid
+    worker.kill()
+
+
 def test_no_two_workers_draw_the_same_ids(python, tmp_path):
     assert len({forked(python, tmp_path, "0")["id"] for _ in range(3)}) == 3
 
