@@ -5,8 +5,8 @@ The store is the cluster's, and whoever may read it may run anything there.
 
 from __future__ import annotations
 
+import json
 import logging
-import pickle
 from collections.abc import Collection
 
 import ray
@@ -30,7 +30,8 @@ async def listen(server: WireServer) -> None:
         logger.warning("this replica has no port of its own, its calls come through Ray: %r", error)
         return
     key = _key(context.replica_id.unique_id)
-    internal_kv._internal_kv_put(key, pickle.dumps(endpoint), namespace=NAMESPACE)
+    note = json.dumps([endpoint.host, endpoint.port, endpoint.secret.hex()])
+    internal_kv._internal_kv_put(key, note.encode(), namespace=NAMESPACE)
 
 
 async def leave(server: WireServer) -> None:
@@ -45,7 +46,8 @@ def find(replicas: Collection[str]) -> dict[str, Endpoint]:
     for id in replicas:
         noted = internal_kv._internal_kv_get(_key(id), namespace=NAMESPACE)
         if noted is not None:
-            found[id] = pickle.loads(noted)  # noqa: S301 - Ray's own is as trusted
+            host, port, secret = json.loads(noted)
+            found[id] = Endpoint(host, port, bytes.fromhex(secret))
     return found
 
 
