@@ -34,7 +34,7 @@ from deployments.placement import actor_options, has_cpu_nodes, placement_of, re
 from deployments.router import Router
 from deployments.router_metrics import RouterMetrics
 from deployments.scaling import ROUTER, scaling_config
-from deployments.served import ServedFamily
+from deployments.served import ServedFamily, served_variants
 from deployments.telemetry import Telemetry
 from deployments.text_router import TextRouter
 from deployments.text_variant import ReplicaStreams, TextOptions, TextVariant
@@ -43,9 +43,9 @@ from deployments.trial import Trial
 from deployments.variant import Followed, ReplicaSlots, Variant, await_replicas, follow_replicas
 from deployments.versions import Version, least_replicas, still_asked, versions_of
 from deployments.watch import Watch
-from fettle import __version__, latency, model_store, policy
-from fettle.config import FamilyConfig, ServeConfig, StoreConfig, TextConfig
-from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, row_ms, work_shares
+from fettle import __version__, latency, model_store
+from fettle.config import ServeConfig, StoreConfig, TextConfig
+from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, work_shares
 from fettle.drafting import choose_draft
 from fettle.errors import UsageError
 from fettle.family import Family
@@ -235,31 +235,6 @@ def named_families(config: ServeConfig) -> dict[str, Family]:
     return {version.name: version.family for version in versions_of(config) if version.stable is None}
 
 
-def served_variants(settings: FamilyConfig, family: Family) -> list[str]:
-    """What the configuration names, and its default variant; or all that the certified points and `exact` need.
-
-    A family without points has the variants on its measured frontier, the reference and its default variant.
-
-    Raises:
-        UsageError: one of them was not measured, so that its costs are unknown; or no variant answers by default.
-    """
-    manifest = family.manifest
-    default = [settings.default] if settings.default else ([] if manifest.points else [manifest.default])
-    if settings.variants is not None:
-        names = settings.variants
-    elif manifest.points:
-        names = [manifest.reference, *(step.variant for point in manifest.points for step in point.steps)]
-    else:
-        names = [manifest.reference, *_frontier(family)]
-    chosen = list(dict.fromkeys([*default, *names]))
-    for name in chosen:
-        if family.variant(name).measured is None:
-            raise UsageError(
-                f"variant {name!r} of family {family.name!r} was not measured; run `fettle optimize` again"
-            )
-    return chosen
-
-
 def deployment(
     version: Version,
     variant: str,
@@ -389,11 +364,3 @@ def proxy_secret_of(config: ServeConfig) -> str | None:
         return Path(config.proxy_secret_file).read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:
         raise UsageError(f"proxy_secret_file {config.proxy_secret_file}: {error}") from None
-
-
-def _frontier(family: Family) -> list[str]:
-    points = {}
-    for name, variant in family.variants.items():
-        if variant.measured is not None:
-            points[name] = (row_ms(variant), variant.measured.quality.disagreement)
-    return policy.frontier(points)

@@ -11,8 +11,10 @@ from deployments.demand import Demand
 from deployments.lane import Queued
 from deployments.telemetry import ClassGauges, FamilyGauges, PointGauges, VariantGauges
 from deployments.text_writer import extract_of
+from fettle import policy
 from fettle.config import FamilyConfig, GearConfig
-from fettle.errors import FettleError
+from fettle.costs import row_ms
+from fettle.errors import FettleError, UsageError
 from fettle.extract import Extract
 from fettle.family import Family, check_files
 from fettle.gearbox import Gearbox
@@ -228,3 +230,36 @@ def default_quality(settings: FamilyConfig, family: Family) -> Quality:
     if not family.manifest.points:
         return Quality.pinned_to(family.manifest.default)
     return Quality.of(0.0 if settings.max_disagreement == EXACT else float(settings.max_disagreement))
+
+
+def served_variants(settings: FamilyConfig, family: Family) -> list[str]:
+    """What the configuration names, and its default variant; or all that the certified points and `exact` need.
+
+    A family without points has the variants on its measured frontier, the reference and its default variant.
+
+    Raises:
+        UsageError: one of them was not measured, so that its costs are unknown; or no variant answers by default.
+    """
+    manifest = family.manifest
+    default = [settings.default] if settings.default else ([] if manifest.points else [manifest.default])
+    if settings.variants is not None:
+        names = settings.variants
+    elif manifest.points:
+        names = [manifest.reference, *(step.variant for point in manifest.points for step in point.steps)]
+    else:
+        names = [manifest.reference, *_frontier(family)]
+    chosen = list(dict.fromkeys([*default, *names]))
+    for name in chosen:
+        if family.variant(name).measured is None:
+            raise UsageError(
+                f"variant {name!r} of family {family.name!r} was not measured; run `fettle optimize` again"
+            )
+    return chosen
+
+
+def _frontier(family: Family) -> list[str]:
+    points = {}
+    for name, variant in family.variants.items():
+        if variant.measured is not None:
+            points[name] = (row_ms(variant), variant.measured.quality.disagreement)
+    return policy.frontier(points)

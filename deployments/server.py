@@ -28,6 +28,7 @@ import psutil
 from deployments import fastpath, forkserver
 from deployments.journal import OURS
 from deployments.keyring import Keyring
+from deployments.served import served_variants
 from fettle.config import ServeConfig
 from fettle.errors import UnavailableError, UsageError
 from fettle.machine import usable_cores
@@ -107,7 +108,6 @@ def needs(config: ServeConfig) -> Needs:
 
     Memory for what starts now; CPUs, which only count places there, twice: for another version beside it.
     """
-    from deployments.app import served_variants
     from deployments.placement import replica_cpus, replicas_of
 
     memory, cpus = RAY_MEMORY_BYTES, (config.max_routers or config.routers) * config.router_cpus
@@ -221,8 +221,7 @@ def torch_modules(config: ServeConfig) -> set[str]:
     for settings in config.families if config.replicas.device == "cpu" else ():
         family = ModelStore(config.store).family(settings.path)
         generates = family.manifest.task.kind is TaskKind.GENERATE
-        served = [settings.default, *(settings.variants or family.variants)]
-        if any(name in served and variant.runtime is Runtime.TORCH for name, variant in family.variants.items()):
+        if any(family.variant(name).runtime is Runtime.TORCH for name in served_variants(settings, family)):
             found.add("workers.torch_decoder" if generates else "workers.torch_encoder")
     return found
 
