@@ -6,10 +6,10 @@ A replica that is gone, or falls silent, has lost its calls, and the caller does
 from __future__ import annotations
 
 import asyncio
-import hmac
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from deployments.wire import (
     Kind,
     packed,
     proof,
+    proves,
     unpacked,
 )
 
@@ -99,7 +100,7 @@ class Link(Frames):
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         """The one value that a method gives. Raises SlotLostError: the replica is gone, or silent."""
-        async with self._called(method, arguments) as pending:
+        with self._called(method, arguments) as pending:
             await pending.news()
             return pending.items.popleft()
 
@@ -108,7 +109,7 @@ class Link(Frames):
 
         Raises SlotLostError: as `ask`.
         """
-        async with self._called(method, arguments) as pending:
+        with self._called(method, arguments) as pending:
             while True:
                 await pending.news()
                 if not pending.items:
@@ -116,22 +117,20 @@ class Link(Frames):
                 items, pending.items = list(pending.items), deque()
                 yield items
 
-    def _called(self, method: str, arguments: tuple[Any, ...]) -> _Called:
-        return _Called(self, packed((method, arguments)))
-
-    def begin(self, payload: bytes) -> tuple[int, _Pending]:
+    @contextmanager
+    def _called(self, method: str, arguments: tuple[Any, ...]) -> Iterator[_Pending]:
+        """A call, until nobody waits for it any more."""
         if self.lost:
             raise SlotLostError("the connection to the replica is lost")
         self._made += 1
-        pending = self._calls[self._made] = _Pending()
-        self.send(Kind.CALL, self._made, payload)
-        return self._made, pending
-
-    def end(self, call: int) -> None:
-        """Nobody waits for it any more."""
-        pending = self._calls.pop(call, None)
-        if pending is not None and not pending.over:
-            self.send(Kind.CANCEL, call)
+        call, pending = self._made, _Pending()
+        self._calls[call] = pending
+        self.send(Kind.CALL, call, packed((method, arguments)))
+        try:
+            yield pending
+        finally:
+            if self._calls.pop(call, None) is not None and not pending.over:
+                self.send(Kind.CANCEL, call)
 
     # What comes.
 
@@ -152,7 +151,7 @@ class Link(Frames):
         match kind:
             case Kind.HELLO if not self._ready.done():
                 nonce, told = payload[:NONCE_BYTES], payload[NONCE_BYTES:]
-                if not hmac.compare_digest(told, proof(self._endpoint.secret, REPLICA, self._nonce)):
+                if not proves(told, self._endpoint.secret, REPLICA, self._nonce):
                     self.abort()
                     return
                 self._most = MOST_BYTES
@@ -202,19 +201,3 @@ class Link(Frames):
             self.send(Kind.CANCEL, call)
             pending.over, pending.error = True, error
             pending.tell()
-
-
-class _Called:
-    """A call while a block runs."""
-
-    __slots__ = ("_call", "_link", "_payload")
-
-    def __init__(self, link: Link, payload: bytes) -> None:
-        self._link, self._payload, self._call = link, payload, 0
-
-    async def __aenter__(self) -> _Pending:
-        self._call, pending = self._link.begin(self._payload)
-        return pending
-
-    async def __aexit__(self, *_: object) -> None:
-        self._link.end(self._call)

@@ -30,6 +30,11 @@ class _Replica:
     link: Link | None = None
     tries: int = 0
 
+    def is_turn(self) -> bool:
+        """Whether to try again what has failed so often."""
+        self.tries += 1
+        return self.tries <= EAGER_TRIES or self.tries % SELDOM == 0
+
 
 @dataclass(slots=True)
 class Links:
@@ -73,38 +78,24 @@ class Links:
         self._leaving = {link for link in self._leaving if not link.lost and not _close_if_idle(link)}
         for new in set(running) - self._replicas.keys():
             self._replicas[new] = _Replica()
-        unknown = [id for id, replica in self._replicas.items() if replica.endpoint is None and _is_turn(replica)]
+        unknown = [id for id, replica in self._replicas.items() if replica.endpoint is None and replica.is_turn()]
         found = await asyncio.to_thread(self.find, unknown) if unknown else {}
         for id, endpoint in found.items():
             self._replicas[id].endpoint, self._replicas[id].tries = endpoint, 0
-        await asyncio.gather(*(self._connect(each) for each in self._replicas.values() if each.endpoint is not None))
+        await asyncio.gather(*(self._connect(each, each.endpoint) for each in self._replicas.values() if each.endpoint))
 
-    async def _connect(self, replica: _Replica) -> None:
-        if replica.link is not None and replica.link.lost:
-            replica.link = None
-        if replica.link is not None or replica.endpoint is None or not _is_turn(replica):
+    async def _connect(self, replica: _Replica, endpoint: Endpoint) -> None:
+        if (replica.link is not None and not replica.link.lost) or not replica.is_turn():
             return
         try:
-            replica.link = await Link.open(replica.endpoint, self.silent_after_s)
+            replica.link = await Link.open(endpoint, self.silent_after_s)
             replica.tries = 0
         except OSError as error:
-            logger.warning(
-                "no connection to a replica at %s:%d, it is asked through Ray: %r",
-                replica.endpoint.host,
-                replica.endpoint.port,
-                error,
-            )
+            where = f"{endpoint.host}:{endpoint.port}"
+            logger.warning("no connection to a replica at %s, it is asked through Ray: %r", where, error)
 
     def _open(self) -> list[Link]:
         return [each.link for each in self._replicas.values() if each.link is not None and not each.link.lost]
-
-
-def _is_turn(replica: _Replica) -> bool:
-    """Whether to try again what has failed so often."""
-    if replica.link is not None:
-        return False
-    replica.tries += 1
-    return replica.tries <= EAGER_TRIES or replica.tries % SELDOM == 0
 
 
 def _close_if_idle(link: Link) -> bool:

@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from tokenizers import Tokenizer as FastTokenizer
 
+from deployments.endpoints import Listening
 from deployments.exporter import EVERY_S, Exporter
 from deployments.journal import speak
 from deployments.link import Link
@@ -26,7 +27,7 @@ from deployments.text_rules import TextRules
 from deployments.text_work import Bit, TextWork, merged
 from deployments.text_writer import extract_of
 from deployments.tracing import at_replica, open_tracer
-from deployments.variant import Listening, direct, losses
+from deployments.variant import direct, losses
 from deployments.watchdog import Watchdog
 from deployments.wire_server import WireServer
 from fettle.config import TextConfig, TracingConfig
@@ -85,7 +86,7 @@ class TextVariant:
         self._started = False
         self._name = runner.manifest.id
         self._tracer = open_tracer(tracing or TracingConfig())
-        self._wire = Listening(WireServer(streams={"generate": self.written})) if options.wire else None
+        self._wire = Listening(WireServer(streams={"generate": self.written}) if options.wire else None)
         # What was allocated so far lives as long as the replica: collecting it again and again is wasted time.
         gc.collect()
         gc.freeze()
@@ -124,14 +125,12 @@ class TextVariant:
             await asyncio.sleep(EVERY_S)
 
     async def check_health(self) -> None:
-        if self._wire is not None:
-            await self._wire.begin()
+        await self._wire.begin()
         if self._started:
             self.engine.check()
 
     async def __del__(self) -> None:
-        if self._wire is not None:
-            await self._wire.end()
+        await self._wire.end()
 
 
 def _drafters(manifest: VariantManifest, options: TextOptions) -> tuple[list[Drafter], int]:

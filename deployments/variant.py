@@ -26,7 +26,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.schema import ReplicaState
 
-from deployments import endpoints
+from deployments.endpoints import Listening
 from deployments.fleet import Fleet
 from deployments.journal import speak
 from deployments.links import Links
@@ -79,7 +79,7 @@ class Variant:
         if stuck_after_s < math.inf:
             self._watchdog.start()
         self._tracer = open_tracer(tracing or TracingConfig())
-        self._wire = Listening(WireServer(answers={"run": self.run})) if wire else None
+        self._wire = Listening(WireServer(answers={"run": self.run}) if wire else None)
         # What was allocated so far lives as long as the replica: collecting it again and again is wasted time.
         gc.collect()
         gc.freeze()
@@ -113,30 +113,10 @@ class Variant:
             return self.engine.run(rows, exits)
 
     async def check_health(self) -> None:
-        if self._wire is not None:
-            await self._wire.begin()
+        await self._wire.begin()
 
     async def __del__(self) -> None:
-        if self._wire is not None:
-            await self._wire.end()
-
-
-@dataclass(slots=True)
-class Listening:
-    """A replica's port of its own, from when Serve first asks how it is to when Serve stops it."""
-
-    server: WireServer
-    _begun: bool = False
-
-    async def begin(self) -> None:
-        if not self._begun:
-            self._begun = True
-            await endpoints.listen(self.server)
-
-    async def end(self) -> None:
-        """Whatever is under way is answered before."""
-        if self._begun:
-            await endpoints.leave(self.server)
+        await self._wire.end()
 
 
 @contextmanager
@@ -273,8 +253,6 @@ async def follow_replicas(
     while True:
         try:
             running = await asyncio.to_thread(_look_at_replicas, application, fleet)
-            for name, own_links in links.items():
-                await own_links.meet(running.get(name, ()))
         except (RayError, RayServeException, KeyError) as error:
             # The controller is away, or knows nothing yet; what was known last still holds, and lost replicas are
             # retried.
@@ -282,6 +260,8 @@ async def follow_replicas(
         else:
             for name, own in slots.items():
                 own.resize(fleet.standings[name].running if name in fleet.standings else 0)
+            # After that, and all at once: a host that does not answer takes seconds.
+            await asyncio.gather(*(own_links.meet(running.get(name, ())) for name, own_links in links.items()))
         await asyncio.sleep(FOLLOW_EVERY_S)
 
 

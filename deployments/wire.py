@@ -107,6 +107,11 @@ def proof(secret: bytes, side: bytes, nonce: bytes) -> bytes:
     return hmac.digest(secret, side + nonce, hashlib.sha256)
 
 
+def proves(told: bytes, secret: bytes, side: bytes, nonce: bytes) -> bool:
+    """Whether what was told is that side's proof."""
+    return hmac.compare_digest(told, proof(secret, side, nonce))
+
+
 def packed(value: object) -> bytes:
     return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
 

@@ -6,7 +6,6 @@ It says every second that it is there, whatever it is at, so that silence means 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -26,6 +25,7 @@ from deployments.wire import (
     Kind,
     packed,
     proof,
+    proves,
     unpacked,
 )
 
@@ -104,9 +104,7 @@ class _Served(Frames):
                     self.tasks[call].cancel()
             case Kind.HELLO if not proven:
                 self.send(Kind.HELLO, payload=self._nonce + proof(self._server.secret, REPLICA, payload))
-            case Kind.PROOF if not proven and hmac.compare_digest(
-                payload, proof(self._server.secret, ROUTER, self._nonce)
-            ):
+            case Kind.PROOF if not proven and proves(payload, self._server.secret, ROUTER, self._nonce):
                 self._timer.cancel()
                 self._most = MOST_BYTES
                 self._server.connections.add(self)
