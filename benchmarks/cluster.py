@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from benchmarks.hosts import Host, HostError, Network, wait_for
+from benchmarks.processes import REPLICA
 from fettle.config import ServeConfig
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +130,7 @@ class Cluster:
 
     def replicas(self, host: Host, deployment: str = "") -> list[int]:
         """Process numbers of the replicas on a host, of one deployment where it is named."""
-        return [process.pid for process in host.processes(f"ray::ServeReplica:fettle:{deployment}")]
+        return [process.pid for process in host.processes(f"{REPLICA}{deployment}")]
 
     def placed(self) -> dict[str, dict[str, int]]:
         """By host, how many replicas of each deployment run there, whatever its version, as Serve says."""

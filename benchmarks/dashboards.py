@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine, machine_lines
-from benchmarks.processes import Server, ServerSpec
+from benchmarks.processes import REPLICA, Server, ServerSpec
 from deployments.fastpath import free_port
 from fettle.bench.texts import read_texts
 from fettle.config import FamilyConfig, KeyConfig, MonitorConfig, ServeConfig
@@ -79,7 +79,7 @@ class Load:
 
     def _kill_a_replica(self, server: Server) -> None:
         family = self.families[0]
-        [victim, *_] = server.processes(f"ray::ServeReplica:fettle:{family.name}.{family.manifest.reference}")
+        [victim, *_] = server.processes(f"{REPLICA}{family.name}.{family.manifest.reference}")
         victim.kill()
 
     async def _client(self, http: aiohttp.ClientSession, number: int, end: float) -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine, machine_lines
-from benchmarks.processes import Server, ServerSpec
+from benchmarks.processes import REPLICA, Server, ServerSpec, title_of
 from benchmarks.startup import command
 from fettle.bench.crew import measure
 from fettle.bench.load import LoadPlan
@@ -37,9 +37,9 @@ SETTLE_S = 15.0
 KINDS = (
     # Whose arguments are modules of Ray.
     ("forkserver.py", "fork server", "fettle"),
-    ("ray::ServeReplica:fettle:RouterIngress", "router", "fettle"),
-    ("ray::ServeReplica:fettle:Monitor", "monitor", "fettle"),
-    ("ray::ServeReplica:fettle:", "replicas", "fettle"),
+    (f"{REPLICA}RouterIngress", "router", "fettle"),
+    (f"{REPLICA}Monitor", "monitor", "fettle"),
+    (REPLICA, "replicas", "fettle"),
     ("ray::ServeController", "Serve controller", "ray"),
     ("ray::HAProxyManager", "Serve HAProxy manager", "ray"),
     ("ray::ProxyActor", "Serve proxy (fallback)", "ray"),
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def kind_of(process: psutil.Process) -> str:
-    said = " ".join(process.cmdline())
+    said = title_of(process)
     return next((name for begin, name, _ in KINDS if said.startswith(begin) or begin in said), said[:40])
 
 

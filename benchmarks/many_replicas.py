@@ -22,7 +22,8 @@ from rich.table import Table
 
 from benchmarks import service
 from benchmarks.machine import describe_machine, machine_lines
-from benchmarks.processes import Server
+from benchmarks.meter import Parts
+from benchmarks.processes import REPLICA, Server
 from deployments.fastpath import free_port
 from fettle.bench.crew import run_apart
 from fettle.bench.load import LoadPlan
@@ -33,18 +34,6 @@ LOG = Path("build/benchmark-logs/many_replicas.log")
 CALL_MS = 20.0
 # Of the memory that is free, at most so much is taken.
 TAKEN = 0.7
-
-
-class RouterClock:
-    """Processor seconds of the router's process where the load's window opens and closes."""
-
-    def __init__(self, process: psutil.Process) -> None:
-        self._process = process
-        self.seen: list[float] = []
-
-    def read(self, _: str) -> None:
-        times = self._process.cpu_times()
-        self.seen.append(times.user + times.system)
 
 
 def main() -> None:
@@ -84,12 +73,12 @@ def run(options: argparse.Namespace, count: int) -> dict[str, Any]:
         plan = LoadPlan(
             url=spec.url, model="many", kind="classify", rate=options.rate, seconds=options.seconds, synthetic=(4, 12)
         )
-        with Server(spec, LOG):
-            replicas = processes("many.fake")
-            clock = RouterClock(processes("RouterIngress")[0])
-            report = run_apart(plan, clock.read)
+        with Server(spec, LOG) as server:
+            replicas = server.processes(f"{REPLICA}many.fake")
+            parts, seen = Parts(server), []
+            report = run_apart(plan, lambda _: seen.append(parts.spent()["router"]))
             memory = sum(process.memory_full_info().uss for process in replicas)
-    opened, closed = clock.seen
+    opened, closed = seen
     return {
         "replicas": len(replicas),
         "requests": report["requests"],
@@ -100,13 +89,6 @@ def run(options: argparse.Namespace, count: int) -> dict[str, Any]:
         "router_share": round((closed - opened) / report["window_s"], 3),
         "replica_mb": round(memory / len(replicas) / 1e6),
     }
-
-
-def processes(deployment: str) -> list[psutil.Process]:
-    """Those of our own descendants that Ray has named so."""
-    title = f"ray::ServeReplica:fettle:{deployment}"
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if " ".join(process.cmdline()).startswith(title)]
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from benchmarks.cluster import HTTP_PORT, PLACES, fast_path
+from benchmarks.processes import REPLICA, title_of
 from deployments import fastpath
 from fettle.config import ServeConfig
 
@@ -43,7 +44,7 @@ class Node:
             for process in started:
                 if process.process.poll() is None:
                     found += psutil.Process(process.process.pid).children(recursive=True)
-        return [process for process in found if _title(process).startswith(title)]
+        return [process for process in found if title_of(process).startswith(title)]
 
 
 @dataclass(slots=True)
@@ -92,7 +93,7 @@ class OneNetwork:
         serve.run(build(config), name="fettle", route_prefix="/")
 
     def replicas(self, host: Node, deployment: str = "") -> list[int]:
-        return [process.pid for process in host.processes(f"ray::ServeReplica:fettle:{deployment}")]
+        return [process.pid for process in host.processes(f"{REPLICA}{deployment}")]
 
     def placed(self) -> dict[str, dict[str, int]]:
         """By node, how many replicas of each deployment run there, whatever its version, as Serve says."""
@@ -132,10 +133,3 @@ def started(directory: Path, config: ServeConfig, workers: int) -> Iterator[OneN
             yield made
         finally:
             made.stop()
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""

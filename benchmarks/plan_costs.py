@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 
+from benchmarks.meter import Parts
 from benchmarks.processes import Server
 from fettle.bench.crew import measure
 from fettle.bench.load import LoadPlan
@@ -150,41 +150,6 @@ def one_load(server_parts: Parts, plan: LoadPlan, idle: Mapping[str, float]) -> 
         "batches": (batches_then - batches) / count,
         "mean_ms": float(inside.ms[inside.good].mean()),
     }
-
-
-class Parts:
-    """The processes of a server by what they are. Found once, while nothing is asked: busy ones have other titles."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._router = server.processes("ray::ServeReplica:fettle:RouterIngress")
-        every = server.processes("ray::ServeReplica:fettle:")
-        self._replicas = [each for each in every if each not in self._router]
-        self._proxy = [each for each in server.processes("") if "haproxy" in name_of(each)]
-
-    def spent(self) -> dict[str, float]:
-        """Processor seconds of the router, of HAProxy, of the replicas, and of all the rest of the server."""
-        named = {"router": self._router, "replicas": self._replicas, "proxy": self._proxy}
-        found = {name: seconds_of(each) for name, each in named.items()}
-        return {**found, "rest": self._server.cpu_seconds() - sum(found.values())}
-
-
-def seconds_of(processes: Sequence[psutil.Process]) -> float:
-    spent = 0.0
-    for process in processes:
-        try:
-            times = process.cpu_times()
-        except psutil.Error:
-            continue
-        spent += times.user + times.system
-    return spent
-
-
-def name_of(process: psutil.Process) -> str:
-    try:
-        return process.name()
-    except psutil.Error:
-        return ""
 
 
 def batches_of(url: str) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from types import TracebackType
 
 import psutil
 
+# How the title of each of Ray's processes begins that is a router, a replica or the monitor.
+REPLICA = "ray::ServeReplica:fettle:"
 STOP_S = 40.0  # more than the keeper's own patience
 
 
@@ -93,7 +95,7 @@ class Server:
         """Those of the server whose command line begins with `title`, as Ray's do with what they are."""
         if self._keeper is None:
             raise RuntimeError("processes() of a server that is not running")
-        return [p for p in psutil.Process(self._keeper.pid).children(recursive=True) if _title(p).startswith(title)]
+        return [p for p in psutil.Process(self._keeper.pid).children(recursive=True) if title_of(p).startswith(title)]
 
     def _wait_until_ready(self, keeper: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self._spec.start_s
@@ -143,7 +145,7 @@ def _spent(process: psutil.Process) -> float:
     return float(times.user + times.system + times.children_user + times.children_system)
 
 
-def _title(process: psutil.Process) -> str:
+def title_of(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

@@ -28,6 +28,7 @@ import httpx
 import psutil
 
 from benchmarks.machine import describe_machine, machine_lines
+from benchmarks.processes import REPLICA
 from fettle.config import FamilyConfig, ReplicaConfig, ServeConfig
 from tests.fakes import FakeVariant, make_fake_family, make_point, make_step
 from tests.integration.service import Service, command, service
@@ -40,7 +41,6 @@ REPLICAS = 2
 PATIENCE_S = 120.0
 LOOK_EVERY_S = 0.2
 SETTLED_WITHIN_S = 240.0
-TITLE = "ray::ServeReplica:fettle:"
 # At the classifier's cheap variant, by version; the first one is served at first.
 VERSIONS: dict[str, dict[str, Any]] = {
     "first": {},
@@ -281,8 +281,8 @@ def replicas(running: Service) -> Counter[str]:
     for process in psutil.Process(running.process.pid).children(recursive=True):
         title = command(process).strip()
         # A replica that does something says so after a dot.
-        if title.startswith(TITLE):
-            deployment = title.removeprefix(TITLE)
+        if title.startswith(REPLICA):
+            deployment = title.removeprefix(REPLICA)
             name = deployment.split(".")[0]
             found[name] += 1
     return found

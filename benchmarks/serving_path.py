@@ -13,17 +13,18 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import service
 from benchmarks.machine import describe_machine, machine_lines
+from benchmarks.meter import Parts
 from benchmarks.processes import Server, ServerSpec
 from deployments.fastpath import free_port
 from fettle.bench.crew import measure
@@ -38,38 +39,9 @@ LOGS = Path("build/benchmark-logs")
 KEY = "a-key-of-this-benchmark"
 ROWS, TEXT = "rows", "text"
 TOKENS_OUT = 128
-# By the beginning of a process's title, where Ray gives it one, or by what it runs.
-PARTS = {"router": "ray::ServeReplica:fettle:RouterIngress", "replica": "ray::ServeReplica:fettle:", "proxy": "haproxy"}
-REST = "rest"
-
-
-@dataclass(slots=True)
-class PartsClock:
-    """Processor seconds of each part of the service where the load's window opens and closes."""
-
-    processes: Callable[[], Sequence[psutil.Process]]
-    seen: list[dict[str, float]] = field(default_factory=list)
-
-    def read(self, _: str) -> None:
-        spent = dict.fromkeys([*PARTS, REST], 0.0)
-        for process in self.processes():
-            try:
-                times, title = process.cpu_times(), " ".join(process.cmdline())
-            except psutil.Error:
-                continue
-            spent[part_of(title)] += times.user + times.system
-        self.seen.append(spent)
-
-    def spent(self) -> dict[str, float]:
-        opened, closed = self.seen
-        return {part: closed[part] - opened[part] for part in opened}
-
-
-def part_of(title: str) -> str:
-    program = title.partition(" ")[0]
-    if program.endswith("/haproxy"):
-        return "proxy"
-    return next((part for part, begin in PARTS.items() if title.startswith(begin)), REST)
+SETTLE_S = 5.0
+# As `benchmarks.meter.Parts` names them; the last is all else of Ray.
+PARTS = ("router", "replicas", "proxy", "rest")
 
 
 def main() -> None:
@@ -95,7 +67,8 @@ def measured_rows(options: argparse.Namespace, scratch: Path) -> list[dict[str, 
     spec = spec_of(options, scratch, ROWS, "/classify", {"input": "Are you there?"})
     plan = LoadPlan(spec.url, ROWS, kind="classify", synthetic=(8, 24), seconds=options.seconds, flows=(with_key(),))
     with Server(spec, LOGS / "serving-path-rows.log") as server:
-        return [{"kind": ROWS, "at_a_time": number, **measured(server, plan, number)} for number in options.connections]
+        parts = settled(server)
+        return [{"kind": ROWS, "at_a_time": number, **measured(parts, plan, number)} for number in options.connections]
 
 
 def measured_text(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
@@ -113,7 +86,8 @@ def measured_text(options: argparse.Namespace, scratch: Path) -> list[dict[str, 
         body={"temperature": 0.0, "ignore_eos": True},
     )
     with Server(spec, LOGS / "serving-path-text.log") as server:
-        return [{"kind": TEXT, "at_a_time": number, **measured(server, plan, number)} for number in options.streams]
+        parts = settled(server)
+        return [{"kind": TEXT, "at_a_time": number, **measured(parts, plan, number)} for number in options.streams]
 
 
 def with_key() -> Flow:
@@ -136,14 +110,20 @@ def spec_of(
     return ServerSpec(spec.command, spec.url, json.dumps({"model": family, **probe}).encode(), headers=spec.headers)
 
 
-def measured(server: Server, plan: LoadPlan, connections: int) -> dict[str, Any]:
+def settled(server: Server) -> Parts:
+    time.sleep(SETTLE_S)
+    return Parts(server)
+
+
+def measured(parts: Parts, plan: LoadPlan, connections: int) -> dict[str, Any]:
     """One load's figures, and processor microseconds for each request, or token of text, by part."""
     say(f"{connections} at a time")
-    clock = PartsClock(lambda: server.processes(""))
-    crew = measure(replace(plan, connections=connections), on_window=clock.read)
+    seen: list[dict[str, float]] = []
+    crew = measure(replace(plan, connections=connections), on_window=lambda _: seen.append(parts.spent()))
+    opened, closed = seen
     found = figures(crew)
     count = found["requests"] if plan.kind == "classify" else found["tokens_per_s"] * crew.window_s
-    spent = {**clock.spent(), "client": found["client"]["client_cpu_s"]}
+    spent = {**{part: closed[part] - opened[part] for part in PARTS}, "client": found["client"]["client_cpu_s"]}
     told = {name: found.get(name) for name in ("rps", "p50_ms", "p99_ms", "tokens_per_s", "tokens_a_piece")}
     return {
         **told,
@@ -158,11 +138,11 @@ def table(results: Sequence[Mapping[str, Any]], kind: str, unit: str) -> Table:
     heads = {"at_a_time": "at a time", "rps": "requests/s", "tokens_per_s": "tokens/s", "tokens_a_piece": "a piece"}
     heads |= {"p50_ms": "p50 ms", "p99_ms": "p99 ms", "failed": "failed"}
     shown = {key: head for key, head in heads.items() if any(row[key] is not None for row in rows)}
-    for head in (*shown.values(), *PARTS, REST, "service", "client"):
+    for head in (*shown.values(), *PARTS, "service", "client"):
         made.add_column(head, justify="right")
     for row in rows:
         cpu = row["cpu_us"]
-        parts = [cpu[part] for part in (*PARTS, REST)]
+        parts = [cpu[part] for part in PARTS]
         made.add_row(
             *(str(row[key]) for key in shown), *(f"{x:g}" for x in parts), f"{sum(parts):.0f}", str(cpu["client"])
         )

@@ -23,13 +23,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe_machine, machine_lines
-from benchmarks.processes import Server, ServerSpec
+from benchmarks.processes import REPLICA, Server, ServerSpec, title_of
 from deployments.fastpath import free_port
 from fettle.family import Family
 from fettle.manifest import TaskKind
@@ -38,7 +37,6 @@ LOG = Path("build/benchmark-logs/startup.log")
 SESSIONS = Path(tempfile.gettempdir()) / "ray"
 LOOK_EVERY_S = 0.02
 SERVING = "serving at"
-REPLICA = "ray::ServeReplica:fettle:"
 GCS = Path(ray.__file__).parent / "core/src/ray/gcs/gcs_server"
 # Which processes' beginnings end a phase.
 BEGINS = {"imports": str(GCS), "ray": "ray::ServeController", "controller": REPLICA}
@@ -101,7 +99,7 @@ def one_wake(family: Family, options: argparse.Namespace) -> dict[str, float]:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 reply.read()
             answered = time.time()
-            [replica] = [each for each in server.processes(REPLICA) if f".{options.wake}@" in title(each)]
+            [replica] = [each for each in server.processes(REPLICA) if f".{options.wake}@" in title_of(each)]
             [line] = engine_lines(server)
     warm = line["at"]
     return {
@@ -167,10 +165,6 @@ def until(condition: Callable[[], bool], most_s: float = 120.0) -> float:
             return time.time()
         time.sleep(LOOK_EVERY_S)
     raise TimeoutError(f"not within {most_s:g} s; see {LOG}")
-
-
-def title(process: psutil.Process) -> str:
-    return " ".join(process.cmdline())
 
 
 def medians(starts: Sequence[Mapping[str, float]]) -> dict[str, float]:
