@@ -73,6 +73,8 @@ def main() -> None:
     for system in systems:
         say(system.name)
         row = measured(system, prompts, options, rate)
+        # A run takes long; who is cut off has what was found until then.
+        say(json.dumps(row))
         # All meet the same arrivals: shares of what the first one serves.
         rate = rate or row["streams"]["rps"]
         rows.append(row | {"engine_tokens_per_s": offline.get(system.name.removeprefix("fettle "))})

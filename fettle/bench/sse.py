@@ -47,10 +47,13 @@ class Stream:
 
     @property
     def problem(self) -> str:
-        """Why this is no whole text; empty if it is one."""
+        """Why this is no whole text; empty if it is one.
+
+        Not every server ends with `[DONE]`, as OpenAI's does; `usage` comes after all text as well.
+        """
         if self.failed:
             return "error in the stream"
-        if not self.done:
+        if not self.done and self.tokens is None:
             return "stream cut off"
         return "" if self.came or self.tokens == 0 else "no text in the stream"
 

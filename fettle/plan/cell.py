@@ -245,7 +245,7 @@ class Cell:
             cost,
             request.came,
             request.came + station.max_queue_s,
-            work=visit.share,
+            parts=visit.parts,
             request=request,
         )
         station.push(row, now)
@@ -329,7 +329,10 @@ class Cell:
         )
 
     def _engine_time(self, name: str) -> Callable[[Sequence[Row]], float]:
-        """Core seconds of a batch: the table's time of the calls that the engine makes of it, as far as rows go."""
+        """Core seconds of a batch: the table's time of the calls that the engine makes of it, stage by stage.
+
+        Each stage has calls of its own, of the rows that are left: half of the rows take more than half of its time.
+        """
         table, threads = table_of(self._setup, name), self._setup.config.replicas.threads
         pace = self._setup.paces.get(name, 1.0) * threads / 1000
         variant = self._setup.family.variant(name)
@@ -341,10 +344,13 @@ class Cell:
             return pace * estimate_ms(table, rows, length)
 
         def seconds(batch: Sequence[Row]) -> float:
-            lengths = [row.length for row in batch]
-            part = sum(row.length * row.work for row in batch) / sum(lengths)
-            calls = engine_calls(lengths, most, row_by_row=cut and variant.row_by_row)
-            return sum(whole(len(call), max(lengths[row] for row in call)) for call in calls) * part
+            parts = max((row.parts for row in batch), key=len)
+            spent = 0.0
+            for stage, part in enumerate(parts):
+                lengths = [row.length for row in batch if len(row.parts) > stage]
+                calls = engine_calls(lengths, most, row_by_row=cut and variant.row_by_row)
+                spent += part * sum(whole(len(call), max(lengths[row] for row in call)) for call in calls)
+            return spent
 
         return seconds
 

@@ -18,9 +18,9 @@ Later = Callable[[float, Callable[[float], None]], None]
 
 @dataclass(slots=True, eq=False)
 class Row(Entry):
-    """A row on its way: `work` is the part of a whole run that it takes here, `request` whatever it belongs to."""
+    """A row on its way: `parts` of a whole run that it takes here, by stage; `request` whatever it belongs to."""
 
-    work: float = 1.0
+    parts: tuple[float, ...] = (1.0,)
     request: object = None
 
 

@@ -13,7 +13,7 @@ from itertools import accumulate
 from fettle.bench.arrivals import Arrivals, merged, scaled, steady
 from fettle.bench.traffic import Flow
 from fettle.family import Family
-from fettle.menu import EXACT, Menu, Way, stage_costs
+from fettle.menu import EXACT, Menu, Stretch, Way, stage_costs
 
 Arriving = Iterator[tuple[float, int, int]]
 
@@ -34,10 +34,14 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A row at one step: the part of a whole run that it takes there."""
+    """A row at one step: of a whole run there, the parts that the stages take which it goes through."""
 
     variant: str
-    share: float
+    parts: tuple[float, ...]
+
+    @property
+    def share(self) -> float:
+        return sum(self.parts)
 
 
 class Ways:
@@ -71,21 +75,23 @@ class Ways:
     def _places(self, way: Way) -> tuple[list[tuple[Visit, ...]], list[float]]:
         test = None if way.point is None else way.point.test
         if test is None:
-            # Never tried: every row takes what the menu reckons with.
-            visits = tuple(Visit(stretch.step.variant, stretch.share) for stretch in way.stretches)
+            # Never tried: every row goes through all, as the menu reckons.
+            visits = tuple(Visit(stretch.step.variant, self._parts(stretch)) for stretch in way.stretches)
             return [visits], [1.0]
         places, shares = [], []
         before: tuple[Visit, ...] = ()
         for stretch, answered in zip(way.stretches, test.answered, strict=True):
-            # Of a whole run, what a row takes that leaves at each stage.
-            spent = list(accumulate(stage_costs(self._family, stretch.step)))
-            parts = [each / spent[-1] for each in spent]
-            for part, share in zip(parts, answered, strict=True):
-                places.append((*before, Visit(stretch.step.variant, part)))
+            parts = self._parts(stretch)
+            for stage, share in enumerate(answered):
+                places.append((*before, Visit(stretch.step.variant, parts[: stage + 1])))
                 shares.append(share)
-            before = (*before, Visit(stretch.step.variant, 1.0))
+            before = (*before, Visit(stretch.step.variant, parts))
         total = sum(shares)
         return places, [limit / total for limit in accumulate(shares)]
+
+    def _parts(self, stretch: Stretch) -> tuple[float, ...]:
+        costs = stage_costs(self._family, stretch.step)
+        return tuple(cost / sum(costs) for cost in costs)
 
 
 def mixed(flows: Sequence[Flow]) -> list[Asked]:

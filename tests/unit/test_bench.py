@@ -177,14 +177,18 @@ def test_a_plan_survives_its_way_to_the_client():
 
 def test_a_stream_is_read_across_pieces_and_coalesced_tokens():
     stream = Stream()
-    whole = (
-        text_event(" a") + text_event("") + text_event(" b c") + b'data: {"usage": {"completion_tokens": 3}}\r\n\r\n'
-    )
-    for begin in range(0, len(whole), 7):
-        stream.feed(whole[begin : begin + 7])
-    assert (len(stream.came), stream.length, stream.problem) == (2, 3, "stream cut off")
+    texts = text_event(" a") + text_event("") + text_event(" b c")
+    for begin in range(0, len(texts), 7):
+        stream.feed(texts[begin : begin + 7])
+    assert (len(stream.came), stream.length, stream.problem) == (2, 2, "stream cut off")
     stream.feed(b"data: [DONE]\n\n")
     assert stream.problem == ""
+
+
+def test_a_stream_that_has_told_its_usage_is_whole_without_an_end_mark():
+    stream = Stream()
+    stream.feed(text_event(" a") + text_event(" b c") + b'data: {"usage": {"completion_tokens": 3}}\r\n\r\n')
+    assert (len(stream.came), stream.length, stream.problem) == (2, 3, "")
 
 
 def test_an_error_in_a_stream_is_no_answer():

@@ -133,6 +133,21 @@ def test_rows_go_on_as_often_as_they_did_on_test(family):
     assert Ways(family).mean(Menu(family, ["fp32", "int8"]).points[0]) == pytest.approx({"int8": 1.0, "fp32": 0.5})
 
 
+def test_a_stage_costs_its_calls_however_few_rows_are_left_for_it(tmp_path):
+    """Two stages of 20 ms a call, whatever is in it; one row, and two that wait for it: half leave after one stage."""
+    family = make_fake_family(
+        tmp_path / "staged",
+        variants=[FakeVariant("fp32", ms_per_token=2.0), FakeVariant("exits", ms_per_call=40.0, stages=2)],
+        points=[make_point("one", 0.01, make_step("exits", 0.5, 0.0), cost=10.0)],
+    )
+    setup = setup_of(family, "0.01", fp32=1, exits=1)
+    setup = replace(setup, config=setup.config.model_copy(update={"batch": BatchConfig(max_rows=2)}))
+    coming = ((number * 0.2 + behind, 0, number) for number in range(10**6) for behind in (0.0, 1e-6, 2e-6))
+    found = Cell(setup).run(coming, 40.0)
+    assert found.rows_a_batch["exits"] > 1.0
+    assert {round(ms) % 20 for ms in found.ms} == {0}
+
+
 def test_the_same_seed_gives_the_same_answers(family):
     setup = setup_of(family, "exact=0.1,0.01=0.9", fp32=2, int8=2)
     one, two = (simulate(setup, 20.0, seed=5, requests=200) for _ in range(2))
