@@ -1,12 +1,13 @@
 """What serving costs on this machine now, for `benchmarks.plan_check`: engines alone, and the parts of a service.
 
-    python -m benchmarks.plan_costs DIRECTORY THREADS LENGTHS
+    python -m benchmarks.plan_costs JSON
 
-is one engine in a process of its own, which prints the ms of a call.
+is one engine in a process of its own, which prints what its batches took.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -15,19 +16,24 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks.meter import Parts
 from benchmarks.processes import Server
 from fettle.bench.crew import measure
 from fettle.bench.load import LoadPlan
+from fettle.bench.texts import read_texts, shuffled
+from fettle.config import ReplicaConfig
 from fettle.family import Family
 from fettle.latency import estimate_ms
+from fettle.manifest import Step
+from fettle.menu import Menu, stage_costs
 from fettle.plan.cell import ServingCosts
+from fettle.plan.engine_time import batch_seconds
+from fettle.points import exits
 from fettle.rows import CALL_TOKENS, Rows, engine_calls
+from fettle.tokenizer import Tokenizer
 
 PINNED = "onnx-int8"
 # After a start or a load, until only what always goes on goes on; and how long that is then watched.
@@ -45,38 +51,78 @@ class Calibration:
 
 
 def main() -> None:
-    print(json.dumps(engine_ms(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))))
+    print(json.dumps(asdict(engine_found(Asked(**json.loads(sys.argv[1]))))))
 
 
-def pace_of(family: Family, name: str, threads: int, cores: int, lengths: Sequence[int]) -> float:
-    """The engine's time over its table's, with as many at a time as there are cores for."""
-    rows, length = 4, round(float(np.mean(lengths)))
-    copies = max(1, cores // threads)
-    command = [sys.executable, "-m", "benchmarks.plan_costs", str(family.variant_path(name)), str(threads)]
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An engine that is to be measured: on these texts, and where it has exits with the gates of the cheapest point."""
+
+    family: str
+    variant: str
+    threads: int
+    texts: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What each batch took in ms, the lengths of its rows, and the stage that answered each."""
+
+    ms: list[float]
+    lengths: list[list[int]]
+    stages: list[list[int]]
+
+
+def pace_of(family: Family, asked: Asked, cores: int, config: ReplicaConfig) -> float:
+    """The engine's time over its table's, on batches of real texts, with as many at a time as there are cores for.
+
+    What gates cost, and calls that a batch cannot fill, is in it as far as the table has it not.
+    """
+    command = [sys.executable, "-m", "benchmarks.plan_costs", json.dumps(asdict(asked))]
     clients = [
-        subprocess.Popen([*command, json.dumps([length] * rows)], stdout=subprocess.PIPE, text=True)
-        for _ in range(copies)
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(max(1, cores // asked.threads))
     ]
-    took = [json.loads(client.communicate()[0]) for client in clients]
-    measured = family.variant(name).measured
-    assert measured is not None
-    return float(np.mean(took)) / estimate_ms(measured.latency, rows, length)
+    found = [Found(**json.loads(client.communicate()[0])) for client in clients]
+    step = step_of(family, asked.variant)
+    costs = stage_costs(family, step)
+    parts = tuple(cost / sum(costs) for cost in costs)
+    seconds = batch_seconds(family, asked.variant, config, 1.0 / config.threads)
+    predicted = sum(
+        seconds([(length, parts[: stage + 1]) for length, stage in zip(lengths, stages, strict=True)])
+        for each in found
+        for lengths, stages in zip(each.lengths, each.stages, strict=True)
+    )
+    return sum(sum(each.ms) for each in found) / 1000 / predicted
 
 
-def engine_ms(directory: Path, threads: int, lengths: Sequence[int], seconds: float = 1.0) -> float:
-    """Mean time of a call of rows of these lengths, in this process."""
+def step_of(family: Family, variant: str) -> Step:
+    """The variant's step in the cheapest point that has one; alone, through all of its stages, where none has."""
+    steps = [step for point in family.manifest.points for step in point.steps if step.variant == variant]
+    return steps[-1] if steps else Menu(family, [variant]).pinned(variant).stretches[0].step
+
+
+def engine_found(asked: Asked, seconds: float = 2.0, rows: int = 12) -> Found:
+    """Batches of texts through one engine, in this process."""
     from workers.engine import EngineOptions, open_engine
 
-    engine = open_engine(directory, EngineOptions(threads=threads))
+    family = Family.open(Path(asked.family))
+    texts = shuffled(read_texts(Path(asked.texts)), asked.seed)[: 40 * rows]
+    encoded = Tokenizer(family.tokenizer_path, family.manifest.tokenizer).encode(texts)
+    batches = [Rows.of(encoded[begin : begin + rows]) for begin in range(0, len(encoded), rows)]
+    engine = open_engine(family.variant_path(asked.variant), EngineOptions(threads=asked.threads))
     engine.warm_up()
-    counts = np.array(lengths, np.int32)
-    rows = Rows(np.full(int(counts.sum()), 2000, np.int32), counts, None)
-    engine.run(rows)
-    begun, calls = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
-        engine.run(rows)
-        calls += 1
-    return 1000 * (time.perf_counter() - begun) / calls
+    step, found = step_of(family, asked.variant), Found([], [], [])
+    begun = time.perf_counter()
+    for batch in itertools.cycle(batches):
+        started = time.perf_counter()
+        outputs = engine.run(batch, exits(step, len(batch)))
+        found.ms.append(1000 * (time.perf_counter() - started))
+        found.lengths.append(batch.lengths.tolist())
+        found.stages.append([0] * len(batch) if outputs.stages is None else outputs.stages.tolist())
+        if time.perf_counter() - begun > seconds:
+            return found
+    raise AssertionError("there are texts")
 
 
 def calibrated(

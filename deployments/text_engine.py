@@ -75,6 +75,7 @@ class TextEngine:
         self._closed = False
         self._writers: dict[str, tuple[_Call, Writer]] = {}
         self._streams = 0
+        self._turn: asyncio.Event | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -125,7 +126,19 @@ class TextEngine:
             left -= sum(bit.over for bit in bits)
             yield merged(bits)
             if left and self._streams > PROMPT_STREAMS:
-                await asyncio.sleep(min(COALESCED_S, COALESCED_S_EACH * self._streams))
+                await self._together()
+
+    async def _together(self) -> None:
+        """Until it is the turn of all streams that wait: one waking of every process on the way serves them all."""
+        if self._turn is None:
+            self._turn = asyncio.Event()
+            self._loop.call_later(min(COALESCED_S, COALESCED_S_EACH * self._streams), self._begin_turn)
+        await self._turn.wait()
+
+    def _begin_turn(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.set()
 
     async def _voted(
         self, call: _Call, work: TextWork, prompts: dict[int, Prompt], writers: dict[int, Writer]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
@@ -104,10 +104,15 @@ def merged(bits: Iterable[Bit]) -> list[Bit]:
 
 
 def _joined(first: Bit, then: Bit) -> Bit:
-    return replace(
-        then,
-        text=first.text + then.text,
-        tokens=first.tokens + then.tokens,
-        prompt=first.prompt if then.prompt is None else then.prompt,
-        cached=first.cached + then.cached,
+    return Bit(
+        then.choice,
+        first.text + then.text,
+        first.tokens + then.tokens,
+        then.finish,
+        then.error,
+        then.stopped_by,
+        first.prompt if then.prompt is None else then.prompt,
+        first.cached + then.cached,
+        then.score,
+        then.votes,
     )

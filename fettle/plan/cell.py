@@ -11,7 +11,6 @@ import heapq
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +19,11 @@ from fettle.config import ReplicaConfig, ServeConfig
 from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, work_shares
 from fettle.family import Family
 from fettle.gearbox import EVERY_S, Gearbox
-from fettle.latency import estimate_ms
-from fettle.manifest import LatencyTable, Runtime
 from fettle.menu import Menu, Way
 from fettle.plan.cores import Cores, Done, Process
+from fettle.plan.engine_time import batch_seconds, table_of
 from fettle.plan.station import Row, Station
 from fettle.plan.workload import Arriving, Asked, Visit, Ways, chances
-from fettle.rows import CALL_TOKENS, engine_calls
 from fettle.scheduling import BatchBounds
 
 # How often Ray's own processes have something to do: Serve's control loop, and about as often the agents.
@@ -149,7 +146,10 @@ class Cell:
         self._stations = {name: self._station(name, count) for name, count in setup.replicas.items()}
         self._engines = {name: self._processes(name, count) for name, count in setup.replicas.items()}
         self._costs = {name: self._row_costs(name) for name in setup.replicas}
-        self._times = {name: self._engine_time(name) for name in setup.replicas}
+        self._times = {
+            name: batch_seconds(setup.family, name, setup.config.replicas, setup.paces.get(name, 1.0))
+            for name in setup.replicas
+        }
         self._gearbox = Gearbox(self._menu, self._stations, setup.config.gears)
         self._requests: list[_Request] = []
 
@@ -262,7 +262,8 @@ class Cell:
             self._later(at + costs.wire / 1000, at_replica)
 
         def at_replica(at: float) -> None:
-            replica.add(self._times[name](batch) + costs.replica / 1000, from_replica, at)
+            taken = self._times[name]([(row.length, row.parts) for row in batch])
+            replica.add(taken + costs.replica / 1000, from_replica, at)
 
         def from_replica(at: float) -> None:
             self._later(at + costs.wire / 1000, lambda then: self._at_router(costs.batch / 2, back, then))
@@ -315,7 +316,7 @@ class Cell:
     def _batch_tokens(self, name: str, work_share: float) -> int:
         config = self._setup.config
         return config.batch.max_tokens or batch_tokens(
-            table_of(self._setup, name), config.gears.objective_ms, work_share
+            table_of(self._setup.family, name), config.gears.objective_ms, work_share
         )
 
     def _processes(self, name: str, replicas: int) -> list[Process]:
@@ -324,35 +325,8 @@ class Cell:
         return [Process(self._cores, nice, config.threads) for _ in range(replicas)]
 
     def _row_costs(self, name: str) -> RowCosts:
-        return RowCosts(
-            table_of(self._setup, name), self._tokens[name], self._setup.family.variant(name).tokenizer.max_length
-        )
-
-    def _engine_time(self, name: str) -> Callable[[Sequence[Row]], float]:
-        """Core seconds of a batch: the table's time of the calls that the engine makes of it, stage by stage.
-
-        Each stage has calls of its own, of the rows that are left: half of the rows take more than half of its time.
-        """
-        table, threads = table_of(self._setup, name), self._setup.config.replicas.threads
-        pace = self._setup.paces.get(name, 1.0) * threads / 1000
-        variant = self._setup.family.variant(name)
-        cut = variant.runtime is Runtime.ONNX and self._setup.config.replicas.device == "cpu"
-        most = CALL_TOKENS * threads if cut else None
-
-        @cache
-        def whole(rows: int, length: int) -> float:
-            return pace * estimate_ms(table, rows, length)
-
-        def seconds(batch: Sequence[Row]) -> float:
-            parts = max((row.parts for row in batch), key=len)
-            spent = 0.0
-            for stage, part in enumerate(parts):
-                lengths = [row.length for row in batch if len(row.parts) > stage]
-                calls = engine_calls(lengths, most, row_by_row=cut and variant.row_by_row)
-                spent += part * sum(whole(len(call), max(lengths[row] for row in call)) for call in calls)
-            return spent
-
-        return seconds
+        family = self._setup.family
+        return RowCosts(table_of(family, name), self._tokens[name], family.variant(name).tokenizer.max_length)
 
     def _busy(self) -> dict[str, float]:
         found = {
@@ -376,10 +350,3 @@ class Cell:
             busy={name: (spent - before.get(name, 0.0)) / seconds for name, spent in self._busy().items()},
             rows_a_batch={name: each.rows / max(1, each.batches) for name, each in self._stations.items()},
         )
-
-
-def table_of(setup: Setup, name: str) -> LatencyTable:
-    """A variant's latency table; that it was measured is checked where a setup is made."""
-    measured = setup.family.variant(name).measured
-    assert measured is not None
-    return measured.latency

@@ -14,7 +14,8 @@ import numpy as np
 
 from fettle.errors import UsageError
 from fettle.menu import Menu
-from fettle.plan.cell import Cell, Setup, Simulated, table_of
+from fettle.plan.cell import Cell, Setup, Simulated
+from fettle.plan.engine_time import table_of
 from fettle.plan.workload import Asked, Ways, arrivals
 
 # In a cell: enough for whole replicas to be little of it.
@@ -125,7 +126,7 @@ def demand(setup: Setup, rate: float) -> dict[str, float]:
     needs: dict[str, float] = {}
     for asked in setup.asked:
         for visit, share in ways.mean(asked.ways(menu)[-1]).items():
-            table = table_of(setup, visit)
+            table = table_of(setup.family, visit)
             row_ms = min(cell.median_ms / (cell.batch * cell.length) for cell in table.cells if cell.batch > 1) * length
             needs[visit] = needs.get(visit, 0.0) + asked.share * share * rate * row_ms / 1000
     return needs
