@@ -29,6 +29,7 @@ from deployments.journal import speak
 from deployments.keyring import Keyring
 from deployments.lane import Lane, Queued, Replicas
 from deployments.links import Links
+from deployments.listeners import accept_many
 from deployments.monitor import MonitorDeployment, MonitorReply, RouterReport
 from deployments.placement import actor_options, has_cpu_nodes, placement_of, replica_bytes, replicas_of
 from deployments.router import Router
@@ -82,6 +83,7 @@ class RouterIngress:
     ) -> None:
         """`kept`: replicas that only the routers before this one ask; there are some while a service is replaced."""
         speak()
+        accept_many()
         followed: dict[str, Followed] = {}
         links: dict[str, Links] = {}
         families = {}
