@@ -16,7 +16,7 @@ CLIENTS = 64
 TURN_S = 0.01
 
 
-async def _hello(scope, receive, send):  # noqa: ARG001
+async def _hello(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b""})
 
@@ -31,7 +31,7 @@ async def _turns_until_all_are_in(listener: socket.socket) -> int:
     clients = [socket.create_connection(listener.getsockname()) for _ in range(CLIENTS)]
     turns = 0
     while len(server.server_state.connections) < CLIENTS and turns < 2 * CLIENTS:
-        time.sleep(TURN_S)  # noqa: ASYNC251
+        time.sleep(TURN_S)
         turns += 1
         await asyncio.sleep(0)
     for client in clients:
