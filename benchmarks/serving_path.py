@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -32,13 +33,18 @@ from fettle.bench.figures import figures
 from fettle.bench.load import LoadPlan
 from fettle.bench.traffic import Flow
 from fettle.config import ServeConfig, TextConfig
+from fettle.family import Family
+from fettle.generation import Prompt, Sampling
 from tests.fakes import FakeVariant, make_fake_family
 from tests.texts import make_text_family
+from workers.engine import EngineOptions, open_runner
+from workers.generator import Generator
 
 LOGS = Path("build/benchmark-logs")
 KEY = "a-key-of-this-benchmark"
 ROWS, TEXT = "rows", "text"
 TOKENS_OUT = 128
+CACHE_BYTES = 1 << 28
 SETTLE_S = 5.0
 # As `benchmarks.meter.Parts` names them; the last is all else of Ray.
 PARTS = ("router", "replicas", "proxy", "rest")
@@ -85,9 +91,28 @@ def measured_text(options: argparse.Namespace, scratch: Path) -> list[dict[str, 
         max_tokens=(TOKENS_OUT, TOKENS_OUT),
         body={"temperature": 0.0, "ignore_eos": True},
     )
+    alone = {number: engine_us(scratch / TEXT, number) for number in options.streams}
     with Server(spec, LOGS / "serving-path-text.log") as server:
         parts = settled(server)
-        return [{"kind": TEXT, "at_a_time": number, **measured(parts, plan, number)} for number in options.streams]
+        return [
+            {"kind": TEXT, "at_a_time": number, "engine_us": alone[number], **measured(parts, plan, number)}
+            for number in options.streams
+        ]
+
+
+def engine_us(family: Path, streams: int) -> float:
+    """Processor microseconds for each token of the generator alone, with so many texts at a time: a replica's part
+    that is not the way's.
+    """
+    runner = open_runner(Family.open(family).variant_path("none"), EngineOptions())
+    generator = Generator(runner, CACHE_BYTES, max_slots=streams)
+    greedy, ids = Sampling(temperature=0.0), np.arange(40, dtype=np.int32)
+    for number in range(streams):
+        generator.submit(Prompt(str(number), ids + number, TOKENS_OUT, greedy, end_ids=frozenset()))
+    tokens, began = 0, time.process_time()
+    while generator.busy:
+        tokens += sum(len(step.tokens) for step in generator.step())
+    return round(1e6 * (time.process_time() - began) / tokens, 1)
 
 
 def with_key() -> Flow:
@@ -138,13 +163,18 @@ def table(results: Sequence[Mapping[str, Any]], kind: str, unit: str) -> Table:
     heads = {"at_a_time": "at a time", "rps": "requests/s", "tokens_per_s": "tokens/s", "tokens_a_piece": "a piece"}
     heads |= {"p50_ms": "p50 ms", "p99_ms": "p99 ms", "failed": "failed"}
     shown = {key: head for key, head in heads.items() if any(row[key] is not None for row in rows)}
-    for head in (*shown.values(), *PARTS, "service", "client"):
+    engines = ["engine alone"] if kind == TEXT else []
+    for head in (*shown.values(), *PARTS, "service", "client", *engines):
         made.add_column(head, justify="right")
     for row in rows:
         cpu = row["cpu_us"]
         parts = [cpu[part] for part in PARTS]
         made.add_row(
-            *(str(row[key]) for key in shown), *(f"{x:g}" for x in parts), f"{sum(parts):.0f}", str(cpu["client"])
+            *(str(row[key]) for key in shown),
+            *(f"{x:g}" for x in parts),
+            f"{sum(parts):.0f}",
+            str(cpu["client"]),
+            *(str(row["engine_us"]) for _ in engines),
         )
     return made
 

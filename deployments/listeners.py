@@ -28,4 +28,4 @@ def accept_many() -> None:
         await startup(server, sockets=[*sockets, *more] if sockets else sockets)
 
     # Ray makes the server itself, and takes no other class of server.
-    uvicorn.Server.startup = with_copies  # type: ignore[method-assign]
+    uvicorn.Server.startup = with_copies  # type: ignore[method-assign, assignment]
