@@ -46,10 +46,11 @@ class Rules(Protocol):
 
 @dataclass(eq=False)
 class _Call:
-    """A call under way: what was not read yet, and which generations are its own."""
+    """A call under way: what was not read yet, when to read on, and which generations are its own."""
 
     bits: list[Bit] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
     running: dict[int, str] = field(default_factory=dict)
 
 
@@ -75,7 +76,7 @@ class TextEngine:
         self._closed = False
         self._writers: dict[str, tuple[_Call, Writer]] = {}
         self._streams = 0
-        self._turn: asyncio.Event | None = None
+        self._waiting: list[_Call] = []
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -126,19 +127,25 @@ class TextEngine:
             left -= sum(bit.over for bit in bits)
             yield merged(bits)
             if left and self._streams > PROMPT_STREAMS:
-                await self._together()
+                await self._turn_of(call)
 
-    async def _together(self) -> None:
-        """Until it is the turn of all streams that wait: one waking of every process on the way serves them all."""
-        if self._turn is None:
-            self._turn = asyncio.Event()
-            self._loop.call_later(min(COALESCED_S, COALESCED_S_EACH * self._streams), self._begin_turn)
-        await self._turn.wait()
+    async def _turn_of(self, call: _Call) -> None:
+        """Until it is the turn of all streams that wait: one waking of every process on the way serves them all.
 
-    def _begin_turn(self) -> None:
-        turn, self._turn = self._turn, None
-        if turn is not None:
-            turn.set()
+        Not beyond the end of a choice, which somebody may wait for to send the next request.
+        """
+        call.turn.clear()
+        if any(bit.over for bit in call.bits):
+            return
+        if not self._waiting:
+            self._loop.call_later(min(COALESCED_S, COALESCED_S_EACH * self._streams), self._all_turn)
+        self._waiting.append(call)
+        await call.turn.wait()
+
+    def _all_turn(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for call in waiting:
+            call.turn.set()
 
     async def _voted(
         self, call: _Call, work: TextWork, prompts: dict[int, Prompt], writers: dict[int, Writer]
@@ -280,6 +287,8 @@ def _deliver(told: Iterable[tuple[_Call, Bit]]) -> None:
     for call, bit in told:
         call.bits.append(bit)
         call.news.set()
+        if bit.over:
+            call.turn.set()
 
 
 def seeded(sampling: Sampling) -> Sampling:

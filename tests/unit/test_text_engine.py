@@ -145,6 +145,28 @@ async def test_many_calls_at_once_get_their_own(running):
     assert len({bits[0].text for bits in found}) == len(texts)
 
 
+async def test_many_streams_are_told_together_and_their_end_at_once(running, monkeypatch):
+    # A turn that never comes: there is the first piece, and the one with the end.
+    monkeypatch.setattr("deployments.text_engine.COALESCED_S_EACH", 60.0)
+    monkeypatch.setattr("deployments.text_engine.COALESCED_S", 60.0)
+
+    async def pieces(name: str) -> list[list[Bit]]:
+        return [bits async for bits in running.generate(work(name, name, stream=True))]
+
+    async with asyncio.timeout(20):
+        found = await asyncio.gather(*(pieces(f"text-{number}") for number in range(8)))
+    assert max(map(len, found)) <= 2
+    assert all(len(told[-1][-1].tokens) + sum(len(bits[0].tokens) for bits in told[:-1]) == 20 for told in found)
+
+
+async def test_the_turn_of_many_streams_comes(running, monkeypatch):
+    monkeypatch.setattr("deployments.text_engine.COALESCED_S_EACH", 0.001)
+    texts = [f"text-{number}" for number in range(8)]
+    long = [everything(running, work(text, text, stream=True, max_tokens=(300,))) for text in texts]
+    found = await asyncio.gather(*long)
+    assert min(map(len, found)) > 3
+
+
 async def test_a_prompt_that_cannot_be_fails_alone(running):
     bits = await whole(running, work("w", "fine", "x" * CONTEXT))
     assert bits[0].finish is Finish.LENGTH
