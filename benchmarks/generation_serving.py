@@ -1,9 +1,9 @@
 """Text generation over HTTP, streamed: the family's variants beside other servers, the same prompts, the same machine.
 
-Requests of about 128 tokens in and 64 out. First 16 streams at a time, which is the served rate, set against what the
-bare engine does with 16 at a time; then Poisson arrivals at three shares of that rate: time to first token, time per
-output token, between tokens, to the end, and goodput. Random weights in the shape of SmolLM2-135M, unless a model is
-given; a family of it is made where there is none.
+Requests of about 128 tokens in and 64 out. First 16 streams at a time, which is the served rate; then Poisson arrivals
+at three shares of that rate: time to first token, time per output token, between tokens, to the end, and goodput. At
+last the served rate is set against the bare engine's, in turns. Random weights in the shape of SmolLM2-135M, unless a
+model is given; a family of it is made where there is none.
 
     python -m benchmarks.generation_serving [--model DIR] [--variants onnx-int8] [--peers transformers,llama.cpp]
 """
@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,17 +69,19 @@ def main() -> None:
     prompts = prompts_of(family, options.texts)
     systems = [fettle_system(options.family, variant, options.threads) for variant in options.variants]
     systems += [peer_system(name, model, options.threads) for name in options.peers]
-    offline = {variant: engine_rate(family, variant, prompts, options.threads) for variant in options.variants}
     rows = []
     rate = None
     for system in systems:
         say(system.name)
         row = measured(system, prompts, options, rate)
+        name = system.name.removeprefix("fettle ")
+        if name in options.variants:
+            row |= {"beside_engine": beside_engine(system, name, family, prompts, options)}
         # A run takes long; who is cut off has what was found until then.
         say(json.dumps(row))
         # All meet the same arrivals: shares of what the first one serves.
         rate = rate or row["streams"]["rps"]
-        rows.append(row | {"engine_tokens_per_s": offline.get(system.name.removeprefix("fettle "))})
+        rows.append(row)
     if not options.json:
         Console(width=140).print(table(rows))
     settings = {"tokens_in": TOKENS_IN, "tokens_out": TOKENS_OUT, "streams": STREAMS, "model": model.name}
@@ -85,26 +89,46 @@ def main() -> None:
 
 
 def measured(system: System, prompts: Sequence[str], options: argparse.Namespace, rate: float | None) -> dict[str, Any]:
-    spec = system.server(free_port())
-    texts = LOGS / "generation-prompts.jsonl"
-    texts.parent.mkdir(parents=True, exist_ok=True)
-    texts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    plan = LoadPlan(
-        spec.url,
-        None,
-        texts=texts,
-        kind="completions",
-        seconds=options.seconds,
-        warm_up=3.0,
-        seed=options.seed,
-        max_tokens=(TOKENS_OUT, TOKENS_OUT),
-        body=system.body,
-    )
-    with Server(spec, LOGS / f"generation-{system.name.replace(' ', '-')}.log"):
+    with served(system, prompts, options) as plan:
         closed = load(replace(plan, connections=STREAMS, warm_up=options.warm_up))
         rate = rate or closed["rps"]
         loads = {f"{share:g}": load(replace(plan, rate=share * rate)) for share in LOADS}
     return {"system": system.name, "streams": closed, "loads": loads}
+
+
+def beside_engine(
+    system: System, variant: str, family: Family, prompts: Sequence[str], options: argparse.Namespace
+) -> list[dict[str, float]]:
+    """Tokens a second of the bare engine and, right afterwards, of the service, in turns: the machine's pace moves."""
+    rounds = []
+    for _ in range(options.rounds):
+        engine = engine_rate(family, variant, prompts, options.threads)
+        with served(system, prompts, options) as plan:
+            closed = load(replace(plan, connections=STREAMS, warm_up=options.warm_up))
+        rounds.append({"engine": engine, "served": closed["tokens_per_s"]})
+        say(json.dumps(rounds[-1]))
+    return rounds
+
+
+@contextmanager
+def served(system: System, prompts: Sequence[str], options: argparse.Namespace) -> Iterator[LoadPlan]:
+    """The system while it runs, and what its loads have in common."""
+    spec = system.server(free_port())
+    texts = LOGS / "generation-prompts.jsonl"
+    texts.parent.mkdir(parents=True, exist_ok=True)
+    texts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    with Server(spec, LOGS / f"generation-{system.name.replace(' ', '-')}.log"):
+        yield LoadPlan(
+            spec.url,
+            None,
+            texts=texts,
+            kind="completions",
+            seconds=options.seconds,
+            warm_up=3.0,
+            seed=options.seed,
+            max_tokens=(TOKENS_OUT, TOKENS_OUT),
+            body=system.body,
+        )
 
 
 def load(plan: LoadPlan) -> dict[str, Any]:
@@ -140,7 +164,7 @@ def prompts_of(family: Family, texts: Path) -> list[str]:
     return [tokenizer.text(part.tolist()) for part in cut[:200]]
 
 
-def engine_rate(family: Family, variant: str, prompts: Sequence[str], threads: int, seconds: float = 15.0) -> float:
+def engine_rate(family: Family, variant: str, prompts: Sequence[str], threads: int, seconds: float = 10.0) -> float:
     """Tokens a second of the bare generator with `STREAMS` texts at a time, prompts included."""
     runner = open_runner(family.variant_path(variant), EngineOptions(threads=threads))
     generator = Generator(runner, memory_bytes=1 << 30, max_slots=STREAMS)
@@ -228,11 +252,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     ):
         made.add_column(name, justify="right")
     for row in rows:
-        engine = row["engine_tokens_per_s"]
+        shares = [each["served"] / each["engine"] for each in row.get("beside_engine", [])]
         for name, found in {f"{STREAMS} streams": row["streams"], **row["loads"]}.items():
             # What is missing: nothing was answered.
             tokens = found.get("tokens_per_s", 0.0)
-            share = f"{tokens / engine:.0%}" if engine and "streams" in name else ""
+            share = f"{statistics.median(shares):.0%}" if shares and "streams" in name else ""
             parts = [found.get(part, {}) for part in ("ttft_ms", "tpot_ms", "inter_token_ms")] + [found]
             times = [f"{part.get('p50_ms')} / {part.get('p99_ms')}" for part in parts]
             made.add_row(
@@ -256,6 +280,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of the one replica")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--warm-up", type=float, default=5.0)
+    parser.add_argument("--rounds", type=int, default=3, help="of the bare engine and the service in turns")
     parser.add_argument("--texts", type=Path, default=TEXTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")

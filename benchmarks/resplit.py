@@ -2,8 +2,8 @@
 
     python -m benchmarks.resplit OUT [--data examples/data/debian-sections] [--seed 0]
 
-A certificate is about traffic like the calibration rows, row by row. The bundled splits are by source package, and rows of
-one package are alike, so that calibration has 11 % in a section where test has 5: there, a certified level says less
+A certificate is about traffic like the calibration rows, row by row. The bundled splits are by source package, and rows
+of one package are alike, so that calibration has 11 % in a section where test has 5: there, a certified level says less
 about `test` than about traffic that is split by rows, as `fettle optimize --data` does. This makes such a split without
 touching the rows that anything was trained or tuned on. Sizes stay as they are.
 """
