@@ -1,6 +1,6 @@
 """Clients that come at once are let in at once: several connections in one turn of the event loop.
 
-libuv accepts one connection of a listening socket in each turn since 1.45. A turn of a router at work takes tens of
+libuv (1.52, of uvloop 0.23) accepts one connection of a listening socket in each turn. A turn of a router takes tens of
 milliseconds, so that the last of 512 clients that had come together was let in after 9 s, while those before it were
 answered again and again. A copy of the listening socket is another socket to libuv, and has a connection of its own.
 """
