@@ -39,7 +39,7 @@ from fettle.bench.load import TEXTS, LoadPlan, schedule
 from fettle.bench.samples import Samples
 from fettle.bench.texts import read_texts, shuffled
 from fettle.bench.traffic import Flow, mix_of
-from fettle.config import ReplicaConfig, ServeConfig
+from fettle.config import ServeConfig
 from fettle.family import Family
 from fettle.plan.cell import Cell, Setup
 from fettle.plan.sizing import Objective, capacity, percentile
@@ -87,9 +87,8 @@ def run_group(group: str, family: Family, cores: int, options: argparse.Namespac
     say(f"{group}: engines")
     # The reference's engine takes long to open, and is as slow here as the others are where nobody asks for it.
     asked = [name for name in dict.fromkeys(served) if name != served[0] or any("exact" in mix for mix in mixes)]
-    one = ReplicaConfig(threads=threads)
     engines = {name: Asked(str(options.family), name, threads, str(options.texts), options.seed) for name in asked}
-    paces = {name: pace_of(family, engine, cores, one) for name, engine in engines.items()}
+    paces = {name: pace_of(family, engine, cores) for name, engine in engines.items()}
     paces = {name: paces.get(name, paces[PINNED]) for name in dict.fromkeys(served)}
     with tempfile.TemporaryDirectory() as scratch:
         config = service.config(options.family, replicas, Path(scratch), objective_ms=OBJECTIVE_MS, share=0.0)

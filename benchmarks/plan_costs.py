@@ -26,13 +26,13 @@ from fettle.bench.load import LoadPlan
 from fettle.bench.texts import read_texts, shuffled
 from fettle.config import ReplicaConfig
 from fettle.family import Family
-from fettle.latency import estimate_ms
 from fettle.manifest import Step
-from fettle.menu import Menu, stage_costs
+from fettle.menu import Menu
 from fettle.plan.cell import ServingCosts
 from fettle.plan.engine_time import batch_seconds
+from fettle.plan.workload import stage_parts
 from fettle.points import exits
-from fettle.rows import CALL_TOKENS, Rows, engine_calls
+from fettle.rows import Rows
 from fettle.tokenizer import Tokenizer
 
 PINNED = "onnx-int8"
@@ -74,7 +74,7 @@ class Found:
     stages: list[list[int]]
 
 
-def pace_of(family: Family, asked: Asked, cores: int, config: ReplicaConfig) -> float:
+def pace_of(family: Family, asked: Asked, cores: int) -> float:
     """The engine's time over its table's, on batches of real texts, with as many at a time as there are cores for.
 
     What gates cost, and calls that a batch cannot fill, is in it as far as the table has it not.
@@ -84,10 +84,8 @@ def pace_of(family: Family, asked: Asked, cores: int, config: ReplicaConfig) -> 
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(max(1, cores // asked.threads))
     ]
     found = [Found(**json.loads(client.communicate()[0])) for client in clients]
-    step = step_of(family, asked.variant)
-    costs = stage_costs(family, step)
-    parts = tuple(cost / sum(costs) for cost in costs)
-    seconds = batch_seconds(family, asked.variant, config, 1.0 / config.threads)
+    parts = stage_parts(family, step_of(family, asked.variant))
+    seconds = batch_seconds(family, asked.variant, ReplicaConfig(threads=asked.threads), 1.0 / asked.threads)
     predicted = sum(
         seconds([(length, parts[: stage + 1]) for length, stage in zip(lengths, stages, strict=True)])
         for each in found
@@ -121,8 +119,8 @@ def engine_found(asked: Asked, seconds: float = 2.0, rows: int = 12) -> Found:
         found.lengths.append(batch.lengths.tolist())
         found.stages.append([0] * len(batch) if outputs.stages is None else outputs.stages.tolist())
         if time.perf_counter() - begun > seconds:
-            return found
-    raise AssertionError("there are texts")
+            break
+    return found
 
 
 def calibrated(
@@ -165,19 +163,13 @@ def calibrated(
 
 def call_ms(family: Family, lengths: Sequence[int], rows: float, threads: int) -> float:
     """By the table, the mean time of a batch of so many rows of these lengths, which may lie between whole numbers."""
-    measured = family.variant(PINNED).measured
-    assert measured is not None
+    seconds = batch_seconds(family, PINNED, ReplicaConfig(threads=threads), 1.0 / threads)
     low = max(1, math.floor(rows))
     chance = random.Random(0)
     times = []
     for count in (low, low + 1):
-        batches = [chance.choices(lengths, k=count) for _ in range(200)]
-        calls = [
-            (max(batch[row] for row in call), len(call))
-            for batch in batches
-            for call in engine_calls(batch, threads * CALL_TOKENS)
-        ]
-        times.append(sum(estimate_ms(measured.latency, size, longest) for longest, size in calls) / len(batches))
+        batches = [[(length, (1.0,)) for length in chance.choices(lengths, k=count)] for _ in range(200)]
+        times.append(1000 * sum(map(seconds, batches)) / len(batches))
     return times[0] + (rows - low) * (times[1] - times[0])
 
 

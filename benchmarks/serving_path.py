@@ -108,7 +108,7 @@ def engine_us(family: Path, streams: int) -> float:
     generator = Generator(runner, CACHE_BYTES, max_slots=streams)
     greedy, ids = Sampling(temperature=0.0), np.arange(40, dtype=np.int32)
     for number in range(streams):
-        generator.submit(Prompt(str(number), ids + number, TOKENS_OUT, greedy, end_ids=frozenset()))
+        generator.submit(Prompt(str(number), ids + number, TOKENS_OUT, greedy))
     tokens, began = 0, time.process_time()
     while generator.busy:
         tokens += sum(len(step.tokens) for step in generator.step())

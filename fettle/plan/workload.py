@@ -13,6 +13,7 @@ from itertools import accumulate
 from fettle.bench.arrivals import Arrivals, merged, scaled, steady
 from fettle.bench.traffic import Flow
 from fettle.family import Family
+from fettle.manifest import Step
 from fettle.menu import EXACT, Menu, Stretch, Way, stage_costs
 
 Arriving = Iterator[tuple[float, int, int]]
@@ -90,8 +91,13 @@ class Ways:
         return places, [limit / total for limit in accumulate(shares)]
 
     def _parts(self, stretch: Stretch) -> tuple[float, ...]:
-        costs = stage_costs(self._family, stretch.step)
-        return tuple(cost / sum(costs) for cost in costs)
+        return stage_parts(self._family, stretch.step)
+
+
+def stage_parts(family: Family, step: Step) -> tuple[float, ...]:
+    """Of a whole run of the step's variant, the part that each stage takes."""
+    costs = stage_costs(family, step)
+    return tuple(cost / sum(costs) for cost in costs)
 
 
 def mixed(flows: Sequence[Flow]) -> list[Asked]:

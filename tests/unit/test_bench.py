@@ -320,16 +320,15 @@ def bench(*arguments: object) -> Result:
 def test_a_closed_loop_from_two_processes(constant, tmp_path):
     drawing = tmp_path / "plot.svg"
     ran = bench(
-        f"{constant}/classify", "--connections", 6, "--seconds", 1, "--warm-up", 0.2, "--processes", 2,
+        f"{constant}/classify", "--connections", 6, "--seconds", 3, "--warm-up", 0.2, "--processes", 2,
         "--mix", "exact=1,0.01=3", "--goodput", "latency=10000", "--plot", drawing, "--json",
     )  # fmt: skip
     assert ran.exit_code == 0, ran.output
     found = json.loads(ran.stdout)
     assert set(found["statuses"]) == {"200"}
     assert found["p50_ms"] >= MS
-    # Little's law: six clients that each wait for an answer. What is under way when the window opens or closes counts
-    # as a whole or not at all.
-    assert found["rps"] * found["mean_ms"] / 1000 == pytest.approx(6, rel=0.1 + found["max_ms"] / 1000)
+    # Little's law: six clients that each wait for an answer.
+    assert found["rps"] * found["mean_ms"] / 1000 == pytest.approx(6, rel=0.1)
     assert found["client"]["clients"] == 2
     assert found["client"]["checked"] == {"replies": 8, "problems": []}
     assert found["goodput_rps"] == found["rps"]
