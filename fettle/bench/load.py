@@ -137,7 +137,8 @@ class Client:
         cpu, probed, left = time.process_time(), len(self._lags), 0
         if isinstance(loop, OpenLoop):
             left = len(loop.lags)
-        await self._until(None if plan.ends else opened + plan.seconds)
+        # A trace ends with its last request, which may be sent a moment late.
+        await self._until(None if plan.ends or plan.trace is not None else opened + plan.seconds)
         closed, cpu = time.perf_counter(), time.process_time() - cpu
         tell({"window": "closed"})
         for task in watching:
