@@ -263,6 +263,9 @@ class VariantManifest(Strict):
     row_by_row: bool = Field(
         default=False, description="each row is a call of its own, so that no answer depends on who shares the batch"
     )
+    packed: bool = Field(
+        default=False, description="padding costs nothing: the graph computes over the tokens of all rows in a row"
+    )
     fingerprint: Sha256 | None = Field(
         default=None, description="over all that the build depended on; a run reuses the variant while it is the same"
     )

@@ -105,31 +105,36 @@ def joined(parts: Sequence[Rows]) -> Rows:
     )
 
 
-def engine_calls(lengths: Sequence[int], tokens: int | None, *, row_by_row: bool = False) -> list[list[int]]:
-    """A batch as the calls that an engine makes of it, by row numbers: sorted by length, `tokens` padded ones in each.
+def engine_calls(
+    lengths: Sequence[int], tokens: int | None, *, row_by_row: bool = False, packed: bool = False
+) -> list[list[int]]:
+    """A batch as the calls that an engine makes of it, by row numbers: sorted by length, `tokens` of them in each.
 
-    `tokens` None: all in one call.
+    Padded ones, unless the engine's graph is `packed`. `tokens` None: all in one call.
     """
     if row_by_row:
         return [[row] for row in range(len(lengths))]
     if tokens is None or len(lengths) == 1 or max(lengths) * len(lengths) <= tokens // 2:
         return [list(range(len(lengths)))]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return list(in_batches(order, lengths, len(lengths), tokens))
+    return list(in_batches(order, lengths, len(lengths), tokens, packed=packed))
 
 
-def in_batches(order: Sequence[int], lengths: Sequence[int], rows: int, tokens: int) -> Iterable[list[int]]:
-    """Cut `order` (row numbers) into consecutive batches of at most `rows` rows and `tokens` padded tokens.
+def in_batches(
+    order: Sequence[int], lengths: Sequence[int], rows: int, tokens: int, *, packed: bool = False
+) -> Iterable[list[int]]:
+    """Cut `order` (row numbers) into consecutive batches of at most `rows` rows and `tokens` tokens, padded or not.
 
     A row longer than `tokens` goes alone.
     """
     batch: list[int] = []
-    longest = 0
+    longest = total = 0
     for index in order:
-        longest = max(longest, lengths[index])
-        if batch and (len(batch) == rows or longest * (len(batch) + 1) > tokens):
+        longest, total = max(longest, lengths[index]), total + lengths[index]
+        size = total if packed else longest * (len(batch) + 1)
+        if batch and (len(batch) == rows or size > tokens):
             yield batch
-            batch, longest = [], lengths[index]
+            batch, longest, total = [], lengths[index], lengths[index]
         batch.append(index)
     if batch:
         yield batch

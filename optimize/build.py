@@ -116,6 +116,7 @@ class Builder:
                 stages=bench.stages,
                 decoder=bench.reference.decoder,
                 row_by_row=recipe.row_by_row,
+                packed=bench.packed,
                 fingerprint=fingerprint,
                 resources=Resources(cpus=work.config.threads),
             )

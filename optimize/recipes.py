@@ -52,7 +52,7 @@ class Bench:
     """What a pass works with: it writes into `directory`, and reads its parent's files if the recipe has one.
 
     `reference` holds the model that is exported: the user's own, or a student in its place. `stages` is filled by
-    the pass that cuts a graph into stages.
+    the pass that cuts a graph into stages; `packed` says whether its graph needs no padding.
     """
 
     reference: Reference
@@ -62,6 +62,7 @@ class Bench:
     calibration: Callable[[], Rows]
     multi_exit: MultiExit | None = None
     stages: list[Stage] = field(default_factory=list)
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +128,12 @@ def bfloat16_recipe() -> Recipe:
 
 
 def onnx_recipe() -> Recipe:
-    return Recipe(ONNX_REFERENCE, Runtime.ONNX, Precision.FP32, (EXPORT, FUSE))
+    return Recipe(ONNX_REFERENCE, Runtime.ONNX, Precision.FP32, (EXPORT, FUSE, PACK))
 
 
 def trimmed_recipe() -> Recipe:
-    return Recipe(TRIMMED, Runtime.ONNX, Precision.FP32, (from_parent(TRIM, required=True),), parent=ONNX_REFERENCE)
+    passes = (from_parent(TRIM, required=True), PACK)
+    return Recipe(TRIMMED, Runtime.ONNX, Precision.FP32, passes, parent=ONNX_REFERENCE)
 
 
 def quantized_recipe(scheme: Scheme, parent: str) -> Recipe:
@@ -140,7 +142,7 @@ def quantized_recipe(scheme: Scheme, parent: str) -> Recipe:
         names.get(scheme, f"onnx-int8-{scheme.value}"),
         Runtime.ONNX,
         Precision.INT4 if scheme is Scheme.WEIGHTS4 else Precision.INT8,
-        (from_parent(quantize(scheme)),),
+        (from_parent(quantize(scheme)), PACK),
         parent=parent,
     )
 
@@ -148,7 +150,8 @@ def quantized_recipe(scheme: Scheme, parent: str) -> Recipe:
 def small_recipe(scheme: Scheme) -> Recipe:
     """A quantized variant whose embedding tables are quantized as well: most of what is left of its size."""
     parent = quantized_recipe(scheme, ONNX_REFERENCE).id
-    return Recipe(f"{parent}-small", Runtime.ONNX, Precision.INT8, (from_parent(EMBEDDINGS),), parent=parent)
+    passes = (from_parent(EMBEDDINGS), PACK)
+    return Recipe(f"{parent}-small", Runtime.ONNX, Precision.INT8, passes, parent=parent)
 
 
 def student_recipe(plan: Plan, scheme: Scheme) -> Recipe:
@@ -162,7 +165,7 @@ def student_recipe(plan: Plan, scheme: Scheme) -> Recipe:
         f"{plan.id}-int8",
         Runtime.ONNX,
         Precision.INT8,
-        (export, FUSE, *trimmed, EMBEDDINGS, *cut),
+        (export, FUSE, *trimmed, EMBEDDINGS, PACK, *cut),
         plan=plan,
         needs=("train", "validation"),
     )
@@ -225,6 +228,14 @@ def _trim(bench: Bench) -> Notes:
     return rewritten(bench, lambda old, new: first_token(old, new, bench.sample, bench.reference.tokenizer))
 
 
+def _pack(bench: Bench) -> Notes:
+    from optimize.pack import pack
+
+    notes = rewritten(bench, lambda old, new: pack(old, new, bench.sample, bench.reference.tokenizer))
+    bench.packed = notes["packed"] != 0
+    return notes
+
+
 def _split(bench: Bench) -> Notes:
     from optimize.stages import split
 
@@ -269,17 +280,21 @@ EXPORT_STAGES = Pass("export-stages", _export_stages, expected_seconds=14)
 FUSE = Pass("fuse", _fuse, expected_seconds=2)
 TRIM = Pass("first-token", _trim, expected_seconds=2)
 EMBEDDINGS = Pass("quantize-embeddings", _small_embeddings, expected_seconds=2)
+PACK = Pass("pack", _pack, expected_seconds=2)
 SPLIT = Pass("split", _split, expected_seconds=1)
 
 
 def from_parent(step: Pass, *, required: bool = False) -> Pass:
-    """The pass on the parent's graph. `required`: a pass that changes nothing makes no variant of its own."""
+    """The pass on the parent's graph, in rows. `required`: a pass that changes nothing makes no variant of its own."""
 
     def apply(bench: Bench) -> Notes:
+        from optimize.pack import unpack
+
         if bench.parent is None:
             raise PassError(f"{step.name} needs a parent variant")
         for path in bench.parent.glob(f"{ONNX_FILE}*"):
             (bench.directory / path.name).write_bytes(path.read_bytes())
+        unpack(bench.directory / ONNX_FILE)
         notes = step.apply(bench)
         if required and notes.get("trimmed") == 0:
             raise PassError(f"{step.name}: {notes.get('reason', 'nothing to do on this graph')}")

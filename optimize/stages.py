@@ -49,7 +49,7 @@ def export_multi_exit(reference: Reference, model: MultiExit, path: Path, sample
     """Write one graph with inputs as `export_onnx` has them.
 
     Outputs: `exit_0`.. and `values`, float32 [batch, width]; `hidden_0`.., [batch, length, hidden], what the stage
-    after that exit starts from.
+    after that exit starts from, or [1, tokens, hidden] once the graph is packed (`optimize.pack`).
 
     Raises:
         PassError: the exporter failed, or an answer on `sample` differs from torch's beyond the tolerance.
@@ -79,8 +79,9 @@ def export_multi_exit(reference: Reference, model: MultiExit, path: Path, sample
 def split(path: Path, directory: Path) -> list[Stage]:
     """Cut a finished graph of `export_multi_exit` into `stage_0.onnx`.. in `directory`.
 
-    A stage reads what it still needs of the graph's inputs, and `hidden` [batch, length, hidden] if it is not the
-    first; it gives `values` [batch, width], and `next_hidden` if it is not the last. It holds its own weights alone.
+    A stage reads what it still needs of the graph's inputs, and `hidden` if it is not the first ([batch, length,
+    hidden], of a packed graph [1, tokens, hidden]); it gives `values` [batch, width], and `next_hidden` if it is not
+    the last. It holds its own weights alone.
 
     Raises:
         PassError: the graph was not exported with exits, or has lost one on its way.
@@ -150,6 +151,8 @@ def _stage(model: onnx.ModelProto, entry: str | None, answer: str, departure: st
     del graph.input[:]
     graph.input.extend(inputs)
     del graph.value_info[:]
+    # What is said there is about the whole graph.
+    del stage.metadata_props[:]
     return stage
 
 

@@ -1,7 +1,8 @@
 """The ONNX Runtime engine: `model.onnx` on the CPU or CUDA provider. Imports no torch, so a worker starts fast.
 
 On CPU a batch runs as a few small calls, its rows sorted by length: a core is saturated by a few hundred tokens,
-beyond which activations only fall out of its cache, and unequal rows cost no padding.
+beyond which activations only fall out of its cache, and unequal rows cost little padding; of a packed graph only
+attention has any.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class OnnxEncoder:
             raise EngineError("the engine is closed")
         started = time.perf_counter()
         values = np.empty((len(rows), self.manifest.task.width), np.float32)
-        for chosen, part in in_calls(rows, self._call_tokens, row_by_row=self.manifest.row_by_row):
+        for chosen, part in in_calls(rows, self._call_tokens, self.manifest):
             values[chosen] = self._call(self._session, part)
         return Outputs(values, (time.perf_counter() - started) * 1e3)
 
@@ -78,13 +79,13 @@ class OnnxEncoder:
 
 
 def call_tokens(options: EngineOptions) -> int | None:
-    """Padded tokens of one call, None for as many as there are."""
+    """Tokens of one call, None for as many as there are."""
     return CALL_TOKENS * options.threads if options.device == "cpu" else None
 
 
-def in_calls(rows: Rows, tokens: int | None, *, row_by_row: bool) -> list[tuple[NDArray[np.int64], Rows]]:
+def in_calls(rows: Rows, tokens: int | None, manifest: VariantManifest) -> list[tuple[NDArray[np.int64], Rows]]:
     """The batch as the calls that answer it: row numbers, and those rows."""
-    calls = engine_calls(rows.lengths.tolist(), tokens, row_by_row=row_by_row)
+    calls = engine_calls(rows.lengths.tolist(), tokens, row_by_row=manifest.row_by_row, packed=manifest.packed)
     if len(calls) == 1:
         return [(np.arange(len(rows)), rows)]
     return [(np.array(chosen), taken(rows, chosen)) for chosen in calls]

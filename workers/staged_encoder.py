@@ -93,14 +93,14 @@ class StagedEncoder:
         if not self._stages:
             raise EngineError("the engine is closed")
         for numbers, part in self._parts(rows):
-            yield _Call(part, numbers, self._pad_id, on_device=self._device == "cuda")
+            yield _Call(part, numbers, self._kind)
 
     def _parts(self, rows: Rows) -> list[tuple[NDArray[np.int64], Rows]]:
-        return in_calls(rows, self._call_tokens, row_by_row=self.manifest.row_by_row)
+        return in_calls(rows, self._call_tokens, self.manifest)
 
     @property
-    def _pad_id(self) -> int:
-        return self.manifest.tokenizer.pad_id
+    def _kind(self) -> _Kind:
+        return _Kind(self.manifest.tokenizer.pad_id, self.manifest.packed, on_device=self._device == "cuda")
 
     def _leave(
         self, answers: Floats, stage: int, exits: Exits | None, call: _Call, scores: Floats | None
@@ -123,7 +123,7 @@ class StagedEncoder:
         if self._device == "cuda":
             for call in calls:
                 if call.left() <= self.compact_at * call.tokens:
-                    call.keep(np.flatnonzero(call.waiting))
+                    call.keep_waiting()
             return calls
         if all(call.waiting.all() for call in calls) or sum(map(_Call.left, calls)) > self.compact_at * sum(
             call.tokens for call in calls
@@ -133,14 +133,13 @@ class StagedEncoder:
 
     def _regrouped(self, calls: list[_Call]) -> list[_Call]:
         """Full calls again from what each has left."""
-        staying = [(call, row) for call in calls for row in np.flatnonzero(call.waiting).tolist()]
         rows = joined([taken(call.rows, np.flatnonzero(call.waiting).tolist()) for call in calls])
-        numbers = np.array([call.numbers[row] for call, row in staying])
+        numbers = np.concatenate([call.numbers[call.waiting] for call in calls])
+        states = [state for call in calls for state in call.states(call.waiting)]
         made = []
         for chosen, part in self._parts(rows):
-            states = [staying[index] for index in chosen.tolist()]
-            call = _Call(part, numbers[chosen], self._pad_id, on_device=False)
-            call.hidden = _padded_states([source.hidden[row] for source, row in states], part)
+            call = _Call(part, numbers[chosen], self._kind)
+            call.hidden = call.together([states[index] for index in chosen.tolist()])
             made.append(call)
         return made
 
@@ -159,32 +158,59 @@ class _Stage:
         return cls(session, *names)
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What all calls of an engine have in common. `packed`: hidden states have no padding."""
+
+    pad_id: int
+    packed: bool
+    on_device: bool
+
+
 class _Call:
-    """Rows that run together, and their hidden states [rows, length, hidden] between stages.
+    """Rows that run together, and their hidden states between stages ([rows, length, hidden] or [1, tokens, hidden]).
 
     `numbers` are the rows' numbers in the whole batch; `waiting` says which of them have no answer yet.
     """
 
-    def __init__(self, rows: Rows, numbers: NDArray[np.int64], pad_id: int, *, on_device: bool) -> None:
+    def __init__(self, rows: Rows, numbers: NDArray[np.int64], kind: _Kind) -> None:
         self.rows, self.numbers = rows, numbers
         self.waiting = np.ones(len(rows), np.bool_)
         self.hidden: Any = None
-        self._pad_id = pad_id
-        self._on_device = on_device
+        self._kind = kind
         self._feed = self._padded()
 
     @property
     def tokens(self) -> int:
-        """Padded tokens."""
-        return self.rows.longest * len(self.rows)
+        """Of all its rows, padded ones where there is padding."""
+        return self.rows.tokens if self._kind.packed else self.rows.longest * len(self.rows)
 
     def left(self) -> int:
-        """Padded tokens of the rows that have no answer yet."""
-        return int(self.rows.lengths[self.waiting].max()) * int(self.waiting.sum())
+        """The same of the rows that have no answer yet."""
+        lengths = self.rows.lengths[self.waiting]
+        return int(lengths.sum() if self._kind.packed else lengths.max() * len(lengths))
+
+    def states(self, chosen: NDArray[np.bool_]) -> list[Floats]:
+        """Of these rows, [length, hidden] of each."""
+        hidden = self.hidden.numpy() if self._kind.on_device else self.hidden
+        lengths, ends = self.rows.lengths.tolist(), np.cumsum(self.rows.lengths).tolist()
+        places = np.flatnonzero(chosen).tolist()
+        if self._kind.packed:
+            return [hidden[0, ends[row] - lengths[row] : ends[row]] for row in places]
+        return [hidden[row, : lengths[row]] for row in places]
+
+    def together(self, states: list[Floats]) -> Floats:
+        """Hidden states of this call from those of its rows."""
+        if self._kind.packed:
+            return np.concatenate(states)[None]
+        padded = np.zeros((len(states), self.rows.longest, states[0].shape[-1]), np.float32)
+        for place, state in enumerate(states):
+            padded[place, : len(state)] = state
+        return padded
 
     def run(self, stage: _Stage) -> Floats:
         """The stage's answers: float32 [rows, width]. Its hidden states wait for the next stage."""
-        run = self._run_on_device if self._on_device else self._run
+        run = self._run_on_device if self._kind.on_device else self._run
         try:
             values, self.hidden = run(stage)
         except ORT_ERRORS as error:
@@ -193,17 +219,17 @@ class _Call:
             ) from error
         return values
 
-    def keep(self, chosen: NDArray[np.int64]) -> None:
-        """Take all but the chosen rows out, and cut the padding to the longest of them."""
+    def keep_waiting(self) -> None:
+        """Take the rows out that have an answer, and cut the padding to the longest of the others."""
+        states, chosen = self.states(self.waiting), np.flatnonzero(self.waiting)
         self.rows = taken(self.rows, chosen.tolist())
         self.numbers, self.waiting = self.numbers[chosen], self.waiting[chosen]
         self._feed = self._padded()
-        hidden = np.ascontiguousarray(self.hidden.numpy()[chosen, : self.rows.longest])
-        self.hidden = ort.OrtValue.ortvalue_from_numpy(hidden, "cuda", 0)
+        self.hidden = ort.OrtValue.ortvalue_from_numpy(self.together(states), "cuda", 0)
 
     def _padded(self) -> dict[str, NDArray[np.int64]]:
         names = ("input_ids", "attention_mask", "token_type_ids")
-        return dict(zip(names, self.rows.padded(self._pad_id), strict=True))
+        return dict(zip(names, self.rows.padded(self._kind.pad_id), strict=True))
 
     def _run(self, stage: _Stage) -> tuple[Floats, Any]:
         feed = self._feed | {HIDDEN: self.hidden}
@@ -224,12 +250,3 @@ class _Call:
         stage.session.run_with_iobinding(binding)
         named = dict(zip(stage.outputs, binding.get_outputs(), strict=True))
         return named[VALUES].numpy(), named.get(NEXT_HIDDEN)
-
-
-def _padded_states(states: list[Floats], rows: Rows) -> Floats:
-    """States [length or more, hidden] of each row, as one array [rows, longest, hidden]."""
-    longest = rows.longest
-    padded = np.zeros((len(states), longest, states[0].shape[-1]), np.float32)
-    for place, (state, length) in enumerate(zip(states, rows.lengths.tolist(), strict=True)):
-        padded[place, :length] = state[:length]
-    return padded

@@ -29,13 +29,17 @@ def batch_seconds(family: Family, name: str, config: ReplicaConfig, pace: float)
     def call(rows: int, length: int) -> float:
         return pace * threads * estimate_ms(table, rows, length) / 1000
 
+    def charged(lengths: Sequence[int]) -> int:
+        """What each row of a call counts for: as long as the longest one, where there is padding."""
+        return round(sum(lengths) / len(lengths)) if variant.packed else max(lengths)
+
     def seconds(batch: Sequence[Going]) -> float:
         parts = max((parts for _, parts in batch), key=len)
         spent = 0.0
         for stage, part in enumerate(parts):
             lengths = [length for length, own in batch if len(own) > stage]
-            calls = engine_calls(lengths, most, row_by_row=cut and variant.row_by_row)
-            spent += part * sum(call(len(rows), max(lengths[row] for row in rows)) for rows in calls)
+            calls = engine_calls(lengths, most, row_by_row=cut and variant.row_by_row, packed=variant.packed)
+            spent += part * sum(call(len(rows), charged([lengths[row] for row in rows])) for rows in calls)
         return spent
 
     return seconds

@@ -16,9 +16,11 @@ from fettle.cli import app
 from fettle.config import BatchConfig, FamilyConfig, GearConfig, ReplicaConfig, ServeConfig
 from fettle.errors import UsageError
 from fettle.family import Family
+from fettle.manifest import Runtime
 from fettle.menu import Menu
 from fettle.plan.cell import Cell, ServingCosts, Setup, Simulated
 from fettle.plan.cores import Cores, Process
+from fettle.plan.engine_time import batch_seconds
 from fettle.plan.limits import tiers
 from fettle.plan.sizing import Node, Objective, capacity, demand, nodes_for, percentile, simulate, size
 from fettle.plan.workload import Ways, arrivals, mixed
@@ -103,6 +105,17 @@ def test_threads_use_as_many_cores():
     Process(cores, threads=2).add(1.0, ended(log, "a"), 0.0)
     run_out(cores)
     assert log["a"] == pytest.approx(0.5)
+
+
+def test_padding_costs_what_the_longest_row_does_and_nothing_in_a_packed_graph(family, monkeypatch):
+    def seconds() -> float:
+        return batch_seconds(family, "int8", ReplicaConfig(), 1.0)([(20, (1.0,)), (60, (1.0,))])
+
+    onnx = family.variant("int8").model_copy(update={"runtime": Runtime.ONNX})
+    monkeypatch.setitem(family.variants, "int8", onnx)
+    assert seconds() == pytest.approx(0.0002 * 2 * 60)
+    monkeypatch.setitem(family.variants, "int8", onnx.model_copy(update={"packed": True}))
+    assert seconds() == pytest.approx(0.0002 * (20 + 60))
 
 
 # A cell

@@ -94,12 +94,13 @@ def test_the_fake_engine_takes_no_unknown_parameter() -> None:
         fake_engine(ms_per_row=3)
 
 
-@given(st.lists(st.integers(1, 600), min_size=1, max_size=40), st.integers(16, 512))
-def test_an_engine_makes_calls_of_like_lengths_that_hold_every_row_once(lengths, tokens):
-    calls = engine_calls(lengths, tokens)
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=40), st.integers(16, 512), st.booleans())
+def test_an_engine_makes_calls_of_like_lengths_that_hold_every_row_once(lengths, tokens, packed):
+    calls = engine_calls(lengths, tokens, packed=packed)
     assert sorted(row for call in calls for row in call) == list(range(len(lengths)))
     for call in calls:
-        assert len(call) == 1 or max(lengths[row] for row in call) * len(call) <= tokens
+        each = [lengths[row] for row in call]
+        assert len(call) == 1 or (sum(each) if packed else max(each) * len(each)) <= tokens
     longest = [max(lengths[row] for row in call) for call in calls]
     assert longest == sorted(longest)
 
@@ -107,5 +108,6 @@ def test_an_engine_makes_calls_of_like_lengths_that_hold_every_row_once(lengths,
 def test_an_engine_makes_one_call_of_little_or_of_anything_and_one_a_row_where_it_has_to():
     assert engine_calls([30, 10, 20], 180) == [[0, 1, 2]]
     assert engine_calls([30, 10, 20], 64) == [[1, 2], [0]]
+    assert engine_calls([30, 10, 20], 64, packed=True) == [[1, 2, 0]]
     assert engine_calls([300, 10], None) == [[0, 1]]
     assert engine_calls([3, 1], 512, row_by_row=True) == [[0], [1]]

@@ -19,6 +19,7 @@ from optimize.export import export_onnx
 from optimize.first_token import first_token
 from optimize.fuse import fuse
 from optimize.load import Reference, load_reference
+from optimize.pack import pack
 from optimize.quantize import quantize_dynamic_int8
 from optimize.stages import export_multi_exit, split
 from tests.unit import tiny_models
@@ -36,11 +37,12 @@ class Staged:
     model: MultiExit
     directory: Path
     stages: list[Stage]
+    packed: bool = False
 
     def manifest(self, **changes) -> VariantManifest:
         return VariantManifest(
             id="v", runtime=Runtime.ONNX, precision=Precision.FP32, recipe=[], tokenizer=self.reference.tokenizer,
-            task=self.reference.task, files=[], stages=self.stages, **changes,
+            task=self.reference.task, files=[], stages=self.stages, packed=self.packed, **changes,
         )  # fmt: skip
 
     def engine(self, **changes) -> StagedEncoder:
@@ -65,7 +67,9 @@ def random_heads(reference: Reference, layers: list[int], *, first: bool | None 
     return Heads(heads, first, dict.fromkeys(layers, 0.0))
 
 
-def staged(source: Path, directory: Path, layers: list[int], *, first: bool | None = None) -> Staged:
+def staged(
+    source: Path, directory: Path, layers: list[int], *, first: bool | None = None, packed: bool = False
+) -> Staged:
     directory.mkdir()
     reference = load_reference(str(source))
     model = MultiExit(reference.model, random_heads(reference, layers, first=first)).eval()
@@ -73,23 +77,32 @@ def staged(source: Path, directory: Path, layers: list[int], *, first: bool | No
     export_multi_exit(reference, model, directory / "whole.onnx", sample)
     fuse(directory / "whole.onnx", directory / "fused.onnx", sample, reference.tokenizer)
     first_token(directory / "fused.onnx", directory / "narrow.onnx", sample, reference.tokenizer)
-    return Staged(reference, model, directory, split(directory / "narrow.onnx", directory))
+    if packed:
+        notes = pack(directory / "narrow.onnx", directory / "packed.onnx", sample, reference.tokenizer)
+        assert notes["packed"], notes
+    whole = directory / ("packed.onnx" if packed else "narrow.onnx")
+    return Staged(reference, model, directory, split(whole, directory), packed)
 
 
-@pytest.fixture(scope="module", params=tiny_models.CLASSIFIERS)
+# Packed, one whose attention is a single operator and one where it is several.
+EACH = [*((name, False) for name in tiny_models.CLASSIFIERS), ("bert", True), ("modernbert", True)]
+
+
+@pytest.fixture(scope="module", params=EACH, ids=lambda each: each[0] + "-packed" * each[1])
 def each(request, tmp_path_factory) -> Staged:
-    folder = tmp_path_factory.mktemp(request.param)
-    return staged(tiny_models.classifier(folder / "source", request.param), folder / "v", [1])
+    name, packed = request.param
+    folder = tmp_path_factory.mktemp(name)
+    return staged(tiny_models.classifier(folder / "source", name), folder / "v", [1], packed=packed)
 
 
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory) -> Staged:
+@pytest.fixture(scope="module", params=[False, True], ids=["padded", "packed"])
+def deep(request, tmp_path_factory) -> Staged:
     """BERT of four layers with exits after 1 and 3."""
     folder = tmp_path_factory.mktemp("deep")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny_models.SIZES, "num_hidden_layers", 4)
         source = tiny_models.classifier(folder / "source")
-    return staged(source, folder / "v", [1, 3])
+    return staged(source, folder / "v", [1, 3], packed=request.param)
 
 
 def gates(rows: Rows, *thresholds: float | np.ndarray, temperatures: tuple[float, ...] | None = None) -> Exits:
@@ -170,15 +183,17 @@ def test_rows_that_have_left_are_computed_no_more(deep, monkeypatch):
     inner = engine._stages[1].session.run
 
     def counted(names, feed):
-        seen.append(feed["hidden"].shape[:2])
+        seen.append((feed["hidden"].shape, feed["attention_mask"].shape))
         return inner(names, feed)
 
     monkeypatch.setattr(engine._stages[1].session, "run", counted)
     rows = sample_rows(deep.reference, seed=6)
     stay = rows.lengths < 12
     engine.run(rows, gates(rows, np.where(stay, 2.0, 0.0), 2.0))
-    assert sum(shape[0] for shape in seen) == stay.sum()
-    assert max(shape[1] for shape in seen) == rows.lengths[stay].max()
+    assert sum(mask[0] for _, mask in seen) == stay.sum()
+    assert max(mask[1] for _, mask in seen) == rows.lengths[stay].max()
+    tokens = sum(hidden[0] * hidden[1] for hidden, _ in seen)
+    assert tokens == (rows.lengths[stay].sum() if deep.packed else sum(mask[0] * mask[1] for _, mask in seen))
 
 
 def test_what_is_left_of_many_calls_shares_calls_again(deep, monkeypatch):
@@ -194,8 +209,8 @@ def test_what_is_left_of_many_calls_shares_calls_again(deep, monkeypatch):
     assert distance(outputs.values, expected[np.arange(len(rows)), outputs.stages]) < TOLERANCE
     assert outputs.stages.tolist() == np.where(stay, 2, 0).tolist()
     # As few as for a batch of these rows alone.
-    assert len(calls) == len(in_calls(taken(rows, np.flatnonzero(stay).tolist()), 64, row_by_row=False))
-    assert len(calls) < len(in_calls(rows, 64, row_by_row=False))
+    assert len(calls) == len(in_calls(taken(rows, np.flatnonzero(stay).tolist()), 64, deep.manifest()))
+    assert len(calls) < len(in_calls(rows, 64, deep.manifest()))
 
 
 def test_a_score_that_is_nan_never_leaves(deep, monkeypatch):
