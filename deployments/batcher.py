@@ -20,7 +20,6 @@ from deployments.flights import Flights
 from deployments.histogram import SIZES, size_of
 from deployments.slots import CostModel, Slot, SlotLostError, Slots
 from deployments.tickets import Answered, Leg, Terms, Ticket, traces_of
-from fettle.costs import LEAD
 from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
 from fettle.points import NEVER as NO_EXIT
 from fettle.points import Gates
@@ -230,7 +229,7 @@ class Batcher:
                 slot = await self._reserved(reservation)
                 # A batch that waits at a replica hides the time of its call, and needs not be there earlier: till then
                 # the rows stay in the queue, where more urgent ones, or those of another key, can still go before them.
-                await self._flights.nearly_free(self.speed.replicas, LEAD * self.call_s)
+                await self._flights.nearly_free(self.speed.replicas, self.call_s)
                 self._reserving = False
                 batch = self._take() if slot is not None else []
                 self._reserve_next()

@@ -22,8 +22,6 @@ CPU_NICENESS = 5
 MOST_NICENESS = 15
 # What a batch costs beside the engine's own time: transport and replies, on both sides (benchmarks/LOG.md).
 CALL_MS = 4.5
-# How many times the time of a call a batch leaves before a replica is free for it.
-LEAD = 1.5
 
 
 def work_shares(family: Family, variants: Collection[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fettle.costs import LEAD
+from fettle.lead import Lead
 from fettle.scheduling import BatchBounds, Entry, Queue, Speed, corrected_pace
 
 Later = Callable[[float, Callable[[float], None]], None]
@@ -45,6 +45,7 @@ class Station:
     pace: float = 1.0
     rows: int = 0
     batches: int = 0
+    lead: Lead = field(default_factory=Lead)
     _taken: int = 0
     _reserving: bool = False
     _back: dict[int, float] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class Station:
     def _wait(self, now: float) -> None:
         """Until a replica is nearly free; whoever lands meanwhile has it looked at again."""
         self._turn += 1
-        free_at = self._free_at() - LEAD * self.call_s
+        free_at = self._free_at() - self.lead.seconds(self.call_s)
         if free_at <= now:
             self._leave(now)
             return
@@ -87,6 +88,7 @@ class Station:
 
         def look(at: float) -> None:
             if self._reserving and turn == self._turn:
+                self.lead.left(at)
                 self._leave(at)
 
         self.later(free_at, look)
@@ -113,6 +115,7 @@ class Station:
     def landed(self, batch: Sequence[Row], taken: float, now: float) -> None:
         """The batch is back; `taken` is when it left."""
         del self._back[id(batch)]
+        self.lead.landed(now, self.call_s, held=self._reserving and len(self._back) < self.replicas)
         self._taken -= 1
         began, self._last_done = max(taken, self._last_done), now
         lanes = min(self.speed.replicas, len(self._back) + 1)
