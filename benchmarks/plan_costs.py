@@ -50,6 +50,13 @@ class Calibration:
     seen: dict[str, dict[str, float]]
 
 
+def at_pace(found: Calibration, drift: float) -> Calibration:
+    """The same on a machine that takes so many times as long for everything."""
+    costs = ServingCosts(**{name: drift * cost for name, cost in asdict(found.costs).items()})
+    paces = {name: drift * pace for name, pace in found.paces.items()}
+    return replace(found, paces=paces, costs=costs, client_ms=drift * found.client_ms)
+
+
 def main() -> None:
     print(json.dumps(asdict(engine_found(Asked(**json.loads(sys.argv[1]))))))
 
