@@ -46,7 +46,7 @@ from deployments.versions import Version, least_replicas, still_asked, versions_
 from deployments.watch import Watch
 from fettle import __version__, latency, model_store
 from fettle.config import ServeConfig, StoreConfig, TextConfig
-from fettle.costs import CALL_MS, RowCosts, batch_tokens, niceness, work_shares
+from fettle.costs import CALL_MS, RowCosts, batch_tokens, good_tokens, niceness, work_shares
 from fettle.drafting import choose_draft
 from fettle.errors import UsageError
 from fettle.family import Family
@@ -316,7 +316,7 @@ def stuck_after_s(manifest: VariantManifest, config: ServeConfig) -> float:
         # A replica that generates says something every second; a step is a piece of a prompt and a token for each text.
         slowest = latency.full_call_ms(prompts, ALONE_CHUNK) + latency.full_call_ms(table, 1)
     else:
-        slowest = latency.full_call_ms(table, config.batch.max_tokens or latency.best_tokens_per_call(table, CALL_MS))
+        slowest = latency.full_call_ms(table, config.batch.max_tokens or good_tokens(table))
     return max(config.replicas.stuck_after_s, SLOW * slowest / 1000)
 
 

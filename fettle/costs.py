@@ -37,8 +37,13 @@ def batch_tokens(table: LatencyTable, objective_ms: float, work_share: float) ->
     """The tokens of a batch that make good use of a call, but no more than take half of the latency objective: whoever
     comes while it runs waits for it.
     """
-    good = latency.best_tokens_per_call(table, CALL_MS)
+    good = good_tokens(table)
     return min(good, latency.tokens_within(table, objective_ms / 2 / work_share))
+
+
+def good_tokens(table: LatencyTable) -> int:
+    """The tokens of a batch that make good use of a call."""
+    return latency.best_tokens_per_call(table, CALL_MS, TYPICAL_LENGTH)
 
 
 class RowCosts:
