@@ -7,7 +7,6 @@ not sure of. The threshold comes from the same search as any other point's, rest
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,12 +95,6 @@ def copy_family(opened: Family, out: Path, manifest: FamilyManifest) -> None:
         for entry in entries:
             shutil.copytree(opened.variant_path(entry.id), variant_directory(new, entry.id))
         write_manifest(new / FAMILY_FILE, manifest.model_copy(update={"variants": entries, "dropped": []}))
-
-
-def in_words(family: Path) -> str:
-    """The copy's only point, for the record."""
-    point = Family.open(family).manifest.points[0]
-    return json.dumps(point.model_dump(mode="json"))
 
 
 def _costs(variant: VariantManifest) -> tuple[float, ...]:

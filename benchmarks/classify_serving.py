@@ -42,7 +42,6 @@ LOGS = Path("build/benchmark-logs")
 MADE = Path("build/benchmark-families")
 CASCADE = "int8 with escalation"
 KEPT = ("x-fettle-point", "x-fettle-bound", "x-fettle-variant", "x-fettle-degraded", "x-fettle-gear")
-CLASSES: tuple[float | str, ...] = ("exact", 0.005, 0.01, 0.02, 0.05)
 PEER_ROWS = 256
 WRONG_PEER = 0.2  # a peer that changes more than this serves another model
 NEAR = 0.9  # of what the measured costs predict

@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -163,7 +164,7 @@ def _systems(options: argparse.Namespace, checkpoint: Path, results: Results) ->
         _say(f"prepare {name}")
         try:
             found.append(peer_system(name, checkpoint, options.build, options.threads))
-        except Exception as error:  # pip, a compiler: the others go on
+        except (OSError, subprocess.CalledProcessError) as error:  # venv, pip, a compiler: the others go on
             results.failed[name] = str(error)
     for name in options.ours:
         _say(f"prepare {name}")

@@ -191,7 +191,7 @@ def environment(directory: Path, package: str) -> str:
         subprocess.run([python, "-m", "pip", "install", "--quiet", *PINS[directory.name]], check=True)
         for name in UNWANTED.get(directory.name, ()):
             subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", name], check=True)
-    except BaseException:
+    except BaseException:  # Ctrl-C among them: what is half made would pass for whole the next time
         shutil.rmtree(directory, ignore_errors=True)
         raise
     return str(python)

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from benchmarks.hostile_corpus import CANARY, Attack, Send, corpus, plain
+from benchmarks.hostile_corpus import corpus
+from benchmarks.hostile_requests import CANARY, Attack, Send, plain
 from benchmarks.slow_readers import SlowReaders, until_free
 
 WITHIN_S = 40.0

@@ -109,7 +109,7 @@ class Client:
             writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             status, headers = _head(await reader.readuntil(b"\r\n\r\n"))
             reply = await reader.readexactly(int(headers["content-length"]))
-        except BaseException:
+        except BaseException:  # out of patience among them, which cancels: half a reply may lie in the connection
             writer.close()
             raise
         done = time.time()

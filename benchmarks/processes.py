@@ -67,7 +67,7 @@ class Server:
             )
         try:
             self._wait_until_ready(self._keeper)
-        except BaseException:
+        except BaseException:  # Ctrl-C among them: nobody calls `__exit__` of what was not entered
             self._stop()
             raise
         return self

@@ -205,7 +205,6 @@ class MostRows:
     def __init__(self, machine: Machine) -> None:
         self._replicas = machine.replicas
         self._waiting: list[Job] = []
-        self._under_way_s = 0.0
 
     def offer(self, job: Job, now: float) -> bool:  # noqa: ARG002
         self._waiting.append(job)

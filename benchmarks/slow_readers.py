@@ -17,7 +17,7 @@ from types import TracebackType
 import httpx
 import psutil
 
-from benchmarks.hostile_corpus import JSON, request
+from benchmarks.hostile_requests import JSON, request
 
 EVERY_S = 1.0
 # Several texts, with the likeliest tokens beside each.

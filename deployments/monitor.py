@@ -56,7 +56,7 @@ class WatchedFamily:
         self._store = QualityStore(store_path(directory, name, config.directory), config.delta)
         try:
             self._load(_signature(self._file))
-        except BaseException:
+        except BaseException:  # whatever it is, nobody else can close the store
             self._store.close()
             raise
 
@@ -125,7 +125,7 @@ class Monitor:
         try:
             for name, directory in families.items():
                 self._families[name] = WatchedFamily(name, Path(directory), config)
-        except BaseException:
+        except BaseException:  # as above, of the families before
             self._close_families()
             raise
         self._clock = clock

@@ -36,6 +36,7 @@ class Service:
         try:
             config: ServeConfig = ask_monitor(self.application, "served")
         except Exception as error:
+            # Of Ray, of Serve, of the network, or the monitor's own: with any of them it is not known what is served.
             raise UnavailableError(f"application {self.application!r} does not answer: {error!r}") from error
         return config
 
@@ -46,6 +47,7 @@ class Service:
             try:
                 views: list[RolloutView] = ask_monitor(self.application, "rollouts")
             except Exception as error:
+                # As above; what the last one was is told if it does not pass.
                 if time.monotonic() > deadline:
                     raise UnavailableError(f"the monitor does not answer: {error!r}") from error
                 time.sleep(EVERY_S)

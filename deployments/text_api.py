@@ -151,7 +151,7 @@ class TextEndpoints:
                 first = await anext(pieces, None)
             if first is None or first.answering is None:
                 raise _broken_off()
-        except BaseException:
+        except BaseException:  # a client that leaves among them, which cancels: its slots are free at once
             await pieces.aclose()
             raise
         told = text_shapes.served(self._router.id, exchange.call, first.answering, exchange.call.tokenize_ms)
@@ -182,6 +182,7 @@ class TextEndpoints:
         except StopAsyncIteration:
             failure = _broken_off()
         except Exception:
+            # A bug. The status has been sent, so the stream alone can say so: `border` sees no error any more.
             logger.exception("unexpected error in a stream of %s", exchange.call.asked.family.name)
             failure = FettleError("internal error; the service's log has the details")
         notes.note_error(self._router.journal, request.scope, failure)

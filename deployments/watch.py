@@ -203,7 +203,7 @@ class Watch:
             trials = tuple(trial.report() for trial in self._trials.values())
             usage = self._usage.lines()
             reply = await self._send(RouterReport(self._router, tuple(pairs), places, self.snapshot(), trials, usage))
-        except BaseException:
+        except BaseException:  # a reply that comes too late among them, which cancels
             self._unsee(seen)
             raise
         self._heard = time.monotonic()

@@ -24,11 +24,10 @@ class ServiceError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """One text that came piece by piece; seconds from sending the request. `first_s` to its first visible piece."""
+    """One text that came piece by piece; `first_s`: seconds from sending the request to its first visible piece."""
 
     text: str
     first_s: float
-    whole_s: float
     tokens: int
 
 
@@ -98,8 +97,7 @@ class TextClient:
                 first = time.perf_counter() - started
             text += piece
             tokens = (chunk["usage"] or {}).get("completion_tokens", tokens)
-        whole = time.perf_counter() - started
-        return Streamed(text, whole if first is None else first, whole, tokens)
+        return Streamed(text, time.perf_counter() - started if first is None else first, tokens)
 
     async def speed(self, questions: Sequence[str], wish: Mapping[str, object], at_a_time: int) -> Speed:
         found: list[Streamed] = []

@@ -173,7 +173,7 @@ class QualityStore:
             )
             try:
                 self._prepare(read_only)
-            except BaseException:
+            except BaseException:  # whatever it is, nobody else can close it
                 self._connection.close()
                 raise
 

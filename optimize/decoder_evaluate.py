@@ -5,23 +5,19 @@ What a family's manifest and certificates say is measured on the engine that ser
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from fettle.extract import Extract
 from optimize import losses
 from optimize.batches import by_length
-from optimize.decoder_examples import Example, ExampleBatch, Ids, example_batch
+from optimize.decoder_examples import Example, ExampleBatch, example_batch
 from optimize.decoder_objective import logits_at
-from optimize.decoder_samples import generated
 from optimize.objective import autocast, device_of
 
 BATCH_ROWS = 64
@@ -56,7 +52,7 @@ def agreement(model: PreTrainedModel, teaching: Teaching) -> Agreement:
     divergence, tokens = 0.0, 0
     kept: list[NDArray[np.bool_]] = []
     device = device_of(model)
-    for _, batch in _batches(teaching.examples, teaching.pad_id, device):
+    for batch in _batches(teaching.examples, teaching.pad_id, device):
         with autocast(device, teaching.bf16):
             said = logits_at(model, batch.ids, batch.answers)
             known = logits_at(teaching.teacher, batch.ids, batch.answers)
@@ -71,55 +67,9 @@ def agreement(model: PreTrainedModel, teaching: Teaching) -> Agreement:
     )
 
 
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, examples: Sequence[Example], pad_id: int, *, prompts: bool = False) -> float:
-    """`exp` of the mean negative log-probability of the answers' tokens; of the prompts' as well with `prompts`."""
-    total, tokens = 0.0, 0
-    for _, batch in _batches(examples, pad_id, device_of(model)):
-        chosen = batch.answers | batch.prompts if prompts else batch.answers
-        logits = logits_at(model, batch.ids, chosen)
-        total += float(functional.cross_entropy(logits, batch.targets[chosen], reduction="sum"))
-        tokens += len(logits)
-    return math.exp(total / tokens)
-
-
-@torch.no_grad()
-def answer_disagreements(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    extract: Extract,
-    decode: Callable[[Ids], str],
-    *,
-    end_ids: Sequence[int],
-    pad_id: int,
-    max_tokens: int,
-) -> NDArray[np.bool_]:
-    """Which examples the model answers otherwise than they are answered, by the answer in the text: bool [examples].
-
-    By greedy decoding. Examples all of whose tokens are the model's first choice need not be generated to know.
-
-    Args:
-        examples: with the reference's greedy answers of at most `max_tokens` tokens.
-        decode: from an answer's ids to its text.
-    """
-    same = np.zeros(len(examples), np.bool_)
-    for chosen, batch in _batches(examples, pad_id, device_of(model)):
-        kept = _kept(logits_at(model, batch.ids, batch.answers), batch)
-        same[chosen] = [bool(row.all()) for row in kept]
-    other = [row for row, kept_all in enumerate(same) if not kept_all]
-    prompts = [examples[row].ids[: examples[row].prompt] for row in other]
-    answers = generated(model, prompts, end_ids=end_ids, pad_id=pad_id, max_tokens=max_tokens)
-    changed = np.zeros(len(examples), np.bool_)
-    pairs = zip(other, answers, strict=True)
-    changed[other] = [extract(decode(ids)) != extract(decode(examples[row].answer)) for row, ids in pairs]
-    return changed
-
-
-def _batches(
-    examples: Sequence[Example], pad_id: int, device: torch.device
-) -> Iterator[tuple[NDArray[np.int64], ExampleBatch]]:
+def _batches(examples: Sequence[Example], pad_id: int, device: torch.device) -> Iterator[ExampleBatch]:
     for chosen in by_length([len(example) for example in examples], BATCH_ROWS):
-        yield chosen, example_batch([examples[index] for index in chosen], pad_id, device)
+        yield example_batch([examples[index] for index in chosen], pad_id, device)
 
 
 def _kept(logits: Tensor, batch: ExampleBatch) -> list[NDArray[np.bool_]]:

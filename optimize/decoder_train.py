@@ -120,13 +120,6 @@ def school_of(work: TextWork, greedy: Greedy | None = None) -> School:
     )
 
 
-def shrink(layers: int | None = None, **sizes: float) -> dict[str, JsonValue]:
-    """The parameters of a round that makes a model smaller: how many `layers` stay, which share of the `neurons`, how
-    many `groups` of heads, and to how many heads the keys and values of all groups are `pooled`."""
-    found: dict[str, JsonValue] = {"layers": layers, **sizes}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def make_text_student(school: School, plan: Plan) -> TextStudent:
     """Train a student, or go on from the rounds that are there.
 

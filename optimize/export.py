@@ -176,6 +176,7 @@ def check_against_torch(
     try:
         difference = largest_difference(run_graph(path, batches), expected)
     except Exception as error:
+        # ONNX Runtime's errors have no class in common.
         raise PassError(f"ONNX Runtime does not run the exported graph: {first_line(error)}") from error
     if difference > TOLERANCE:
         raise PassError(

@@ -17,7 +17,6 @@ from torch.nn import functional
 # Small enough that the nearest neighbours decide, as in contrastive training of sentence encoders.
 NEIGHBOUR_TEMPERATURE: Final = 0.05
 MOST_RELATION_HEADS: Final = 12
-EPSILON: Final = 1e-12
 
 
 def soft_single_label(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -226,11 +226,6 @@ def outlook(state: State) -> list[Recipe]:
     return ahead
 
 
-def known_ids(state: State) -> list[str]:
-    """All ids that the agenda can hold from here."""
-    return [*state.tried, *state.closed, *(recipe.id for recipe in outlook(state))]
-
-
 def dominated(tried: Mapping[str, Tried], keep: Sequence[str]) -> dict[str, str]:
     """Variants that another one equals or beats in every respect, each with that other; never those in `keep`."""
     better = {

@@ -33,7 +33,6 @@ from optimize.text_work import TextWork
 
 ALONE_ROWS, COST_ROWS, PERPLEXITY_ROWS, TUNING_ROWS = 128, 128, 128, 256
 BATCHES = [1, 4, 8, 16]
-SHORTEST = 16
 # Prompts are timed up to this length at the least, where the context allows it.
 LONG_PROMPT = 512
 LATENCY_SECONDS = 4.0

@@ -78,12 +78,6 @@ def trace(
     return found[: wanted * drawing.choices]
 
 
-def has_traces(work: TextWork, variant: VariantManifest, split: str) -> bool:
-    """Whether all of them are there."""
-    total = len(work.rows(split))
-    return all(path_of(work, variant, span).exists() for span in spans(split, total, total))
-
-
 def spans(split: str, wanted: int, total: int) -> list[Span]:
     """The blocks that hold the first rows."""
     starts = range(0, wanted, BLOCK_ROWS)

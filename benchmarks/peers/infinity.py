@@ -79,7 +79,7 @@ def make_environment(directory: Path) -> None:
     try:
         subprocess.run([sys.executable, "-m", "venv", directory], check=True)
         subprocess.run([directory / "bin/pip", "install", "--quiet", *PINS], check=True)
-    except BaseException:
+    except BaseException:  # Ctrl-C among them: what is half made would pass for whole the next time
         shutil.rmtree(directory, ignore_errors=True)
         raise
 

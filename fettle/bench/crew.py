@@ -29,7 +29,6 @@ from fettle.errors import FettleError, UsageError
 
 # From "ready" to the first request: every client has to have read the time.
 START_IN_S = 0.2
-READY_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)

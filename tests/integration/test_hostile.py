@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from benchmarks.hostile import Outcome, ask, attack, judge, mutations
-from benchmarks.hostile_corpus import Attack, corpus, request
+from benchmarks.hostile_corpus import corpus
+from benchmarks.hostile_requests import Attack, request
 from benchmarks.slow_readers import SlowReaders, until_free
 from tests.integration.service import Service, wait_until
 

@@ -13,10 +13,9 @@ import torch
 from torch.nn import functional
 
 from fettle.errors import PassError, UsageError
-from fettle.extract import PatternAnswer, TextAnswer, extractor
 from optimize import decoder_resume, losses
 from optimize.decoder_distill import TextDistillData, TextDistillResult, TextDistillSettings, distill_decoder
-from optimize.decoder_evaluate import Teaching, agreement, answer_disagreements, perplexity
+from optimize.decoder_evaluate import Teaching, agreement
 from optimize.decoder_examples import Example, example_batch, examples_of, prompt_batches
 from optimize.decoder_objective import TextObjective, logits_at, token_loss
 from optimize.decoder_prune import keep_decoder_layers
@@ -188,37 +187,6 @@ def test_agreement_tells_the_share_of_tokens_and_of_texts(teacher: Any):
     found = agreement(teacher, Teaching(teacher, broken, PAD))
     tokens = sum(len(each.answer) for each in examples)
     assert (found.texts, found.tokens) == (0.5, pytest.approx(1 - 10 / tokens))
-
-
-def test_perplexity_by_its_definition(teacher: Any):
-    examples = examples_of(prompts(5), prompts(5, 1))
-    for whole in (False, True):
-        nats = []
-        for each in examples:
-            logs = teacher(torch.from_numpy(each.ids.astype(np.int64))[None]).logits[0].log_softmax(dim=-1)
-            first = 0 if whole else each.prompt - 1
-            nats += [-float(logs[place, each.ids[place + 1]]) for place in range(first, len(each) - 1)]
-        assert perplexity(teacher, examples, PAD, prompts=whole) == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
-
-
-def test_answers_disagree_by_what_is_extracted(teacher: Any):
-    student = keep_decoder_layers(teacher, [0, 1])
-    examples = answered(teacher, prompts(30))
-    fast = tiny_decoders.tiny_tokenizer()
-    options: Any = {"end_ids": [END], "pad_id": PAD, "max_tokens": LONGEST}
-
-    def decode(ids: Any) -> str:
-        return fast.decode(ids, skip_special_tokens=True)
-
-    texts = [decode(row) for row in generated(student, [each.ids[: each.prompt] for each in examples], **options)]
-    wanted = [decode(each.answer) for each in examples]
-    for spec in (TextAnswer(), PatternAnswer(pattern="[a-z]|^")):
-        extract = extractor(spec)
-        expected = [extract(text) != extract(other) for text, other in zip(texts, wanted, strict=True)]
-        assert answer_disagreements(student, examples, extract, decode, **options).tolist() == expected
-        assert not answer_disagreements(teacher, examples, extract, decode, **options).any()
-    assert any(expected)
-    assert not all(expected)
 
 
 # Training.

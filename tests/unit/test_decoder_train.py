@@ -19,14 +19,14 @@ from optimize.cache import Cache
 from optimize.decoder_data import Prompts
 from optimize.decoder_load import DecoderReference
 from optimize.decoder_samples import generated
-from optimize.decoder_train import SHRINK, School, TextStudent, make_text_student, school_of, shrink
+from optimize.decoder_train import SHRINK, School, TextStudent, make_text_student, school_of
 from optimize.load import load_reference
 from optimize.progress import Progress
 from optimize.recipes import Plan, Round
 from optimize.workspace import fingerprint_of
 from tests.unit import tiny_decoders
 
-SMALL = shrink(layers=2, neurons=0.5, groups=2, pooled=1)
+SMALL = {"layers": 2, "neurons": 0.5, "groups": 2, "pooled": 1}
 PLAN = Plan("small", (Round(SHRINK, SMALL, epochs=2, learning_rate=3e-3), Round("none", epochs=1, learning_rate=1e-3)))
 
 
@@ -201,9 +201,9 @@ def test_a_student_stands_in_for_the_reference(school: School, reference: Decode
     [
         (Round("width", {"share": 0.5}), "no change of a language model"),
         (Round(SHRINK, {"width": 3}), "no change of a language model"),
-        (Round(SHRINK, shrink(layers=0)), "cannot be dropped"),
-        (Round(SHRINK, shrink(groups=9)), "9 cannot be kept"),
-        (Round(SHRINK, shrink(pooled=3)), "cannot be merged"),
+        (Round(SHRINK, {"layers": 0}), "cannot be dropped"),
+        (Round(SHRINK, {"groups": 9}), "9 cannot be kept"),
+        (Round(SHRINK, {"pooled": 3}), "cannot be merged"),
     ],
 )
 def test_changes_that_do_not_fit_are_refused(school: School, change: Round, message: str):
