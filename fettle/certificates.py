@@ -81,6 +81,29 @@ def fixed_sequence(errors: Sequence[int], rows: int, alpha: float, delta: float)
     return passed
 
 
+def hoeffding_bentkus(mean_loss: float, rows: int, alpha: float) -> float:
+    """A p-value for "the mean of a loss in [0, 1] is alpha or more", from the mean over `rows` rows.
+
+    min(exp(-n h1(min(R, alpha), alpha)), e P(Bin(n, alpha) <= ceil(n R))), h1 the relative entropy of two coins
+    (Bates et al., "Distribution-free, risk-controlling prediction sets", 2021, section 3.1). For 0/1 losses `p_value`
+    is exact and smaller.
+    """
+    if not 0 <= mean_loss <= 1:
+        raise UsageError(f"a mean loss of {mean_loss} is outside [0, 1]; scale the loss before it is certified")
+    _check(0, rows, alpha)
+    hoeffding = math.exp(-rows * _relative_entropy(min(mean_loss, alpha), alpha))
+    # A mean that was computed in floating point must not be rounded up to the next error.
+    bentkus = math.e * float(bdtr(min(rows, math.ceil(rows * mean_loss - 1e-9)), rows, alpha))
+    return min(1.0, hoeffding, bentkus)
+
+
+def _relative_entropy(a: float, b: float) -> float:
+    """a ln(a/b) + (1-a) ln((1-a)/(1-b)), for 0 < b < 1."""
+    first = a * math.log(a / b) if a > 0 else 0.0
+    second = (1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0
+    return first + second
+
+
 def _check(errors: int, rows: int, share: float) -> None:
     if rows < 1 or not 0 <= errors <= rows:
         raise UsageError(f"{errors} errors in {rows} rows: there must be a row, and no more errors than rows")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.certificates import simulate_sequence
-from fettle.certificates import certify, fixed_sequence, holds, p_value, rows_needed, upper_bound
+from fettle.certificates import certify, fixed_sequence, hoeffding_bentkus, holds, p_value, rows_needed, upper_bound
 from fettle.errors import UsageError
 
 shares = st.floats(0.001, 0.5)
@@ -95,6 +95,32 @@ def test_a_path_ends_at_its_first_failure() -> None:
 def test_nonsense_is_refused(errors: int, rows: int, alpha: float) -> None:
     with pytest.raises(UsageError):
         p_value(errors, rows, alpha)
+
+
+@given(st.integers(1, 300), st.floats(0, 1), shares)
+def test_hoeffding_bentkus_is_the_smaller_of_its_two(rows: int, mean: float, alpha: float) -> None:
+    found = hoeffding_bentkus(mean, rows, alpha)
+    low = min(mean, alpha)
+    entropy = stats.entropy([low, 1 - low], [alpha, 1 - alpha])
+    bentkus = math.e * stats.binom.cdf(math.ceil(rows * mean - 1e-9), rows, alpha)
+    assert found == pytest.approx(min(1.0, math.exp(-rows * entropy), bentkus), rel=1e-6, abs=1e-12)
+
+
+def test_hoeffding_bentkus_is_no_less_careful_than_the_exact_test() -> None:
+    for errors in range(0, 60, 5):
+        assert hoeffding_bentkus(errors / 1000, 1000, 0.05) >= p_value(errors, 1000, 0.05)
+
+
+def test_hoeffding_bentkus_holds_for_losses_between_0_and_1() -> None:
+    rng = np.random.default_rng(0)
+    means = rng.beta(0.5, 4.5, (1000, 500)).mean(axis=1)  # the true mean is 0.1
+    broken = np.mean([hoeffding_bentkus(float(mean), 500, 0.1) <= 0.05 for mean in means])
+    assert broken <= 0.05
+
+
+def test_a_loss_outside_0_and_1_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
+        hoeffding_bentkus(1.5, 10, 0.1)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
