@@ -211,7 +211,7 @@ def _headers(key: str | None) -> list[Attack]:
 
 def _bodies(key: str | None) -> list[Attack]:
     own = JSON + key_header(key)
-    bomb = gzip.compress(bytes(50_000_000))
+    bomb = gzip.compress(bytes(50_000_000), mtime=0)
     chunked = own + "transfer-encoding: chunked\r\n"
     large = frozenset({413})
     refused = frozenset({415})

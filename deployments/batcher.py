@@ -224,13 +224,14 @@ class Batcher:
         )
 
     async def _serve_one_batch(self) -> None:
+        reserving = True
         try:
             async with AsyncExitStack() as reservation:
                 slot = await self._reserved(reservation)
                 # A batch that waits at a replica hides the time of its call, and needs not be there earlier: till then
                 # the rows stay in the queue, where more urgent ones, or those of another key, can still go before them.
                 await self._flights.nearly_free(self.speed.replicas, self.call_s)
-                self._reserving = False
+                reserving = self._reserving = False
                 batch = self._take() if slot is not None else []
                 self._reserve_next()
                 if slot is not None and batch:
@@ -240,6 +241,12 @@ class Batcher:
         except Exception:
             # Its rows have their error already; those that wait must still be served.
             logger.exception("unexpected error while serving a batch")
+            if reserving:
+                # As above: not in a tight loop.
+                await asyncio.sleep(RESERVE_AGAIN_S)
+        finally:
+            if reserving:
+                self._reserving = False
         self._reserve_next()
 
     async def _reserved(self, reservation: AsyncExitStack) -> Slot | None:
@@ -261,7 +268,11 @@ class Batcher:
             chosen = [ticket for ticket in turn if not self._is_gone(ticket)]
         if chosen:
             work_ms = sum(ticket.cost_ms for ticket in chosen)
-            self._flights.depart(chosen, work_ms / 1000 * self._pace + self.call_s, self.speed.replicas)
+            try:
+                self._flights.depart(chosen, work_ms / 1000 * self._pace + self.call_s, self.speed.replicas)
+            except Exception:
+                self._abandon(chosen)
+                raise
         return chosen
 
     def _is_gone(self, ticket: Ticket) -> bool:
@@ -289,8 +300,8 @@ class Batcher:
 
     async def _run(self, slot: Slot, batch: list[Ticket]) -> None:
         taken, awake = time.monotonic(), self.is_ready
-        rows = Rows.of([ticket.row for ticket in batch])
         try:
+            rows = Rows.of([ticket.row for ticket in batch])
             outputs = await slot.run(rows, self._exits(batch), *traces_of(batch))
         except SlotLostError as error:
             logger.warning("a replica was lost with %d rows: %s", len(batch), error)
@@ -308,10 +319,7 @@ class Batcher:
                     ticket.future.set_result(_answered(outputs, index, len(batch), (taken - ticket.entered) * 1000))
         finally:
             self._flights.land(batch)
-            # Whatever happened above, cancellation and bugs included, nobody waits for an answer that cannot come.
-            for ticket in batch:
-                if not ticket.waiting:
-                    self._fail(ticket, FettleError("the batch ended without an answer"))
+            self._abandon(batch)
 
     def _exits(self, batch: Sequence[Ticket]) -> Exits | None:
         """A row of thresholds for each row, also where operating points are mixed; None where none can leave early."""
@@ -374,6 +382,12 @@ class Batcher:
             self.queue.push(ticket)
             if ticket.alone or ticket.suspect:
                 self._singles.add(ticket)
+
+    def _abandon(self, batch: Iterable[Ticket]) -> None:
+        """Whatever happened, cancellation and bugs included, nobody waits for an answer that cannot come."""
+        for ticket in batch:
+            if not ticket.waiting:
+                self._fail(ticket, FettleError("the batch ended without an answer"))
 
     def _fail(self, ticket: Ticket, error: FettleError) -> None:
         self._leave(ticket)

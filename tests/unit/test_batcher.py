@@ -831,3 +831,24 @@ async def test_every_row_leaves_exactly_once_in_a_storm(seed: int, monkeypatch):
     assert batcher.stats.rows == len(storm.answered)
     assert not storm.free.locked()
     assert_empty(batcher)
+
+
+@pytest.mark.parametrize(("owner", "name"), [("Rows", "of"), ("Flights", "depart"), ("Flights", "nearly_free")])
+async def test_a_bug_of_ours_costs_at_most_the_rows_of_its_batch(monkeypatch, owner, name):
+    left = [1]
+    real = getattr(getattr(module, owner), name)
+
+    def broken_once(*arguments: Any) -> Any:
+        if left:
+            left.pop()
+            raise RuntimeError("a bug")
+        return real(*arguments)
+
+    monkeypatch.setattr(getattr(module, owner), name, broken_once)
+    batcher = make(LocalSlots())
+    async with asyncio.timeout(PATIENCE_S):
+        outcome = (await asyncio.gather(ask(batcher, row(1)), return_exceptions=True))[0]
+        assert isinstance(outcome, list) or "ended without an answer" in str(outcome)
+        assert await answers(ask(batcher, row(2))) == [[2.0]]
+    assert not left
+    assert_empty(batcher)
