@@ -18,8 +18,9 @@ import numpy as np
 
 from deployments.flights import Flights
 from deployments.histogram import SIZES, size_of
+from deployments.landed import Answered, Landed
 from deployments.slots import CostModel, Slot, SlotLostError, Slots
-from deployments.tickets import Answered, Leg, Terms, Ticket, traces_of
+from deployments.tickets import Leg, Terms, Ticket, traces_of
 from fettle.costs import LEAD
 from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
 from fettle.points import NEVER as NO_EXIT
@@ -83,7 +84,12 @@ class Batcher:
     @property
     def speed(self) -> Speed:
         """By this router's share of the replicas, corrected by what batches were observed to take."""
-        return Speed(self._pace, max(1, self.slots.replicas) / self.routers, self.call_s)
+        return Speed(self._pace, self._share, self.call_s)
+
+    @property
+    def _share(self) -> float:
+        """Of the replicas, this router's."""
+        return max(1, self.slots.replicas) / self.routers
 
     @property
     def backlog_s(self) -> float:
@@ -106,7 +112,7 @@ class Batcher:
 
     def has_room(self, terms: Terms) -> bool:
         """Whether a request would be admitted now; cheap enough to ask before tokenizing."""
-        limit_ms = self._limit_s(terms) * 1000 * self.speed.replicas / self._pace
+        limit_ms = self._limit_s(terms) * 1000 * self._share / self._pace
         return self.queue.has_room(terms.key, terms.weight, limit_ms, terms.priority)
 
     def _limit_s(self, terms: Terms) -> float:
@@ -303,10 +309,11 @@ class Batcher:
         else:
             self._flights.land(batch)
             self._observe(batch, rows, outputs, taken, awake)
+            landed = Landed(outputs)
             for index, ticket in enumerate(batch):
                 self._leave(ticket)
                 if not ticket.future.done():
-                    ticket.future.set_result(_answered(outputs, index, len(batch), (taken - ticket.entered) * 1000))
+                    ticket.future.set_result(landed.answer(index, (taken - ticket.entered) * 1000))
         finally:
             self._flights.land(batch)
             # Whatever happened above, cancellation and bugs included, nobody waits for an answer that cannot come.
@@ -380,17 +387,6 @@ class Batcher:
         self._leave(ticket)
         if not ticket.future.done():
             ticket.future.set_exception(error)
-
-
-def _answered(outputs: Outputs, index: int, batch_rows: int, queue_ms: float) -> Answered:
-    return Answered(
-        values=outputs.values[index],
-        queue_ms=queue_ms,
-        infer_ms=outputs.infer_ms,
-        batch_rows=batch_rows,
-        stage=0 if outputs.stages is None else int(outputs.stages[index]),
-        scores=None if outputs.scores is None else outputs.scores[index],
-    )
 
 
 def _retrieved(future: asyncio.Future[Answered]) -> None:

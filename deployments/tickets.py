@@ -7,9 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
+from deployments.landed import Answered
 from fettle.points import Gates
 from fettle.rows import Row
 from fettle.scheduling import NEVER, Entry, Priority
@@ -46,21 +44,6 @@ class Leg:
     reserve_s: float = 0.0
     admitted: bool = False
     trace: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A row's values float32 [width], and where its time went.
-
-    `stage` answered it; `scores` float32 [stages - 1] is what the exits saw, None without exits.
-    """
-
-    values: NDArray[np.float32]
-    queue_ms: float
-    infer_ms: float
-    batch_rows: int
-    stage: int = 0
-    scores: NDArray[np.float32] | None = None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
