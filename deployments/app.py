@@ -68,7 +68,7 @@ SLOW = 20
 STUCK = 2
 ROUTER_REQUESTS = 64.0
 # Things that were made since the collector last looked, and still are; Python's own 700 are those of a few requests.
-COLLECT_EVERY = 20_000
+COLLECT_EVERY = 50_000
 # What only replaced routers asked goes so long after they did.
 KEPT_S = 30.0
 

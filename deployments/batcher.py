@@ -149,7 +149,8 @@ class Batcher:
         terms = terms or Terms(time.monotonic())
         leg = leg or Leg()
         tickets = [self._ticket(row, terms, leg) for row in rows]
-        if not leg.admitted and not self.queue.can_promise(tickets, time.monotonic(), self.speed):
+        bound = not leg.admitted and terms.deadline != NEVER
+        if bound and not self.queue.can_promise(tickets, time.monotonic(), self.speed):
             self.stats.late += len(tickets)
             raise DeadlineError("no free capacity answers this before its deadline; allow more time or come back later")
         for ticket in tickets:

@@ -114,7 +114,8 @@ async def handled(scope: Scope, send: Send, work: Coroutine[Any, Any, None]) -> 
 
     To be awaited by the task that does the work, whichever Ray chose for it.
     """
-    cycle: Cycle | None = scope.get(CYCLE)
+    # Taken out, since it holds the scope: together they would be left for the collector.
+    cycle: Cycle | None = scope.pop(CYCLE, None)
     if cycle is None:
         await work
         return

@@ -96,18 +96,18 @@ class Asked:
         return replace(old, takes_part=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Tokenized:
+    """A request's rows, how many `tokens` they have together, how many were cut, and how long it took."""
+
     rows: list[Row]
     ms: float
+    tokens: int = field(init=False)
+    truncated: int = field(init=False)
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(row) for row in self.rows)
-
-    @property
-    def truncated(self) -> int:
-        return sum(row.truncated for row in self.rows)
+    def __post_init__(self) -> None:
+        self.tokens = sum([len(row) for row in self.rows])
+        self.truncated = sum([row.truncated for row in self.rows])
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,12 +54,12 @@ class Walked:
     @property
     def variants(self) -> list[str]:
         """Those that answered a row, each once."""
-        return list(dict.fromkeys(variant for variant, _ in self.places))
+        return list(dict.fromkeys([visits[-1].step.variant for visits in self.visits]))
 
     @property
     def stages(self) -> list[int]:
         """The stages that answered a row, each once."""
-        return list(dict.fromkeys(stage for _, stage in self.places))
+        return list(dict.fromkeys([visits[-1].answered.stage for visits in self.visits]))
 
 
 async def walk(family: ServedFamily, way: Way, rows: Sequence[Row], terms: Terms) -> Walked:

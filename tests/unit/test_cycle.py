@@ -149,7 +149,7 @@ class Handler:
         self.release = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.scopes.append(scope)
+        self.scopes.append(dict(scope))
 
         async def tell(message: Any) -> None:
             if message["type"] == "http.response.start":
