@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,22 @@ from deployments.tracing import Tracer
 from deployments.walk import Visit
 from deployments.wishes import wishes_of
 from fettle import __version__
-from fettle.answers import Floats, normalized, probabilities, truncated_vectors
+from fettle.answers import Floats, normalized, truncated_vectors
 from fettle.errors import RequestError
 from fettle.manifest import Task, TaskKind
 
+# What is answered with rows, in one piece.
+ROW_PATHS = {
+    "/v1/embeddings": schemas.EmbeddingsRequest,
+    "/classify": schemas.ClassifyRequest,
+    "/embed": schemas.EmbedRequest,
+    "/predict": schemas.PredictRequest,
+}
+# Of what `Served` says, in the order of its fields.
+HEADER_NAMES = {
+    each.alias or name: f"x-fettle-{(each.alias or name).replace('_', '-')}"
+    for name, each in schemas.Served.model_fields.items()
+}
 DESCRIPTION = "Measured variants of transformers, in the request shapes of OpenAI, vLLM and TEI."
 
 
@@ -67,44 +79,37 @@ def build_api(
     border.add_posts(app, routes)
     Status(router).add_to(app)
     border.install_error_handlers(app)
+    # Ray looks for each request's route, one after the other.
+    app.router.routes.sort(key=lambda route: getattr(route, "path", "") not in direct)
     border.document(app, {path: reader for group in groups for path, reader in group.readers.items()})
     return app
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Answer:
-    """What every inference endpoint builds its reply from."""
+    """What every inference endpoint builds its reply from.
+
+    `model`: the variant that answered, or the family where several did; `served`: see `schemas.Served`.
+    """
 
     router: str
     asked: Asked
     tokenized: Tokenized
     inferred: Inferred
+    model: str = field(init=False)
+    served: dict[str, Any] = field(init=False)
 
-    @property
-    def task(self) -> Task:
-        return self.asked.family.task
-
-    @property
-    def values(self) -> Floats:
-        return self.inferred.walked.values
-
-    @property
-    def model(self) -> str:
-        """The variant that answered, or the family where several did."""
-        variants = self.inferred.walked.variants
-        name = self.asked.family.name
-        return f"{name}:{variants[0]}" if len(variants) == 1 else name
-
-    @property
-    def served(self) -> dict[str, Any]:
-        found, walked = self.inferred, self.inferred.walked
-        return {
+    def __post_init__(self) -> None:
+        found, walked, family = self.inferred, self.inferred.walked, self.asked.family.name
+        variants = walked.variants
+        self.model = f"{family}:{variants[0]}" if len(variants) == 1 else family
+        self.served = {
             "router": self.router,
-            "family": self.asked.family.name,
+            "family": family,
             "class": self.asked.quality.asked,
             "point": None if found.way.point is None else found.way.name,
             "bound": "none" if found.way.bound is None else found.way.bound,
-            "variant": ",".join(walked.variants),
+            "variant": ",".join(variants),
             "stage": ",".join(map(str, walked.stages)),
             "gear": found.gear,
             "degraded": found.degraded,
@@ -115,17 +120,32 @@ class Answer:
         }
 
     @property
+    def task(self) -> Task:
+        return self.asked.family.task
+
+    @property
+    def values(self) -> Floats:
+        return self.inferred.walked.values
+
+    @property
+    def scores(self) -> list[tuple[Floats, int]]:
+        """Of each input: its labels' scores, float32 [width], and which of them is the highest."""
+        task = self.task
+        return [each.landed.shown(each.index, task) for each in self.inferred.walked.answered]
+
+    @property
     def fettle(self) -> dict[str, Any]:
-        """The same for the body, with the way of each row where that was asked for."""
-        shown = self.served
-        if self.asked.explain:
-            shown["explain"] = [[_step(visit) for visit in visits] for visits in self.inferred.walked.visits]
-        return shown
+        """`served` for the body, with the way of each row where that was asked for."""
+        if not self.asked.explain:
+            return self.served
+        explained = [[_step(visit) for visit in visits] for visits in self.inferred.walked.visits]
+        return {**self.served, "explain": explained}
 
     @property
     def headers(self) -> dict[str, str]:
+        """`served` for the headers."""
         return {
-            f"x-fettle-{name.replace('_', '-')}": str(value).lower() if isinstance(value, bool) else str(value)
+            HEADER_NAMES[name]: str(value).lower() if value is True else str(value)
             for name, value in self.served.items()
             if value is not None and value is not False
         }
@@ -140,14 +160,10 @@ class Endpoints:
 
     def __init__(self, router: Router) -> None:
         self._router = router
-        models = {
-            "/v1/embeddings": schemas.EmbeddingsRequest,
-            "/classify": schemas.ClassifyRequest,
-            "/embed": schemas.EmbedRequest,
-            "/predict": schemas.PredictRequest,
-        }
+        # Of names, not of secrets: a call of the kernel for each of them would be dear.
+        self._chance = random.Random()
         limit = router.limits
-        self.readers: dict[str, BodyReader[Any]] = {path: BodyReader(model, limit) for path, model in models.items()}
+        self.readers: dict[str, BodyReader[Any]] = {path: BodyReader(model, limit) for path, model in ROW_PATHS.items()}
 
     @property
     def routes(self) -> list[Route]:
@@ -185,13 +201,12 @@ class Endpoints:
         asked = self._ask(request, body, TaskKind.CLASSIFY)
         answer = await self._answer(asked, body.input, max_length=shapes.length_limit(body.truncate_prompt_tokens))
         labels = shapes.labels(answer.task)
-        scores = probabilities(answer.values, answer.task)
         data = [
-            {"index": index, "label": labels[int(row.argmax())], "probs": row, "num_classes": len(labels)}
-            for index, row in enumerate(scores)
+            {"index": index, "label": labels[best], "probs": row, "num_classes": len(labels)}
+            for index, (row, best) in enumerate(answer.scores)
         ]
         content = {
-            "id": f"classify-{uuid.uuid4().hex}",
+            "id": f"classify-{self._chance.getrandbits(128):032x}",
             "object": "list",
             "created": int(time.time()),
             "model": answer.model,
@@ -220,7 +235,7 @@ class Endpoints:
         asked = self._ask(request, body, TaskKind.CLASSIFY)
         texts, single = shapes.pairs(body.inputs)
         answer = await self._answer(asked, texts, truncate=body.truncate is not False)
-        scores = answer.values if body.raw_scores else probabilities(answer.values, answer.task)
+        scores = answer.values if body.raw_scores else [row for row, _ in answer.scores]
         labels = shapes.labels(answer.task)
         ranked = [[{"score": row[i], "label": labels[i]} for i in np.argsort(-row, kind="stable")] for row in scores]
         return reply(ranked[0] if single else ranked, answer.headers)

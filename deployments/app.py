@@ -6,6 +6,7 @@ One deployment for each variant, and the router before them as the ingress.
 # No `from __future__ import annotations` here: Ray reads the annotation of `build`'s argument as a class.
 
 import asyncio
+import gc
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,9 +20,10 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from deployments import endpoints
-from deployments.api import build_api
+from deployments.api import ROW_PATHS, build_api
 from deployments.batcher import Batcher
 from deployments.border import Api
+from deployments.cycle import lighten
 from deployments.exporter import Exporter
 from deployments.fleet import Fleet, deployment_name
 from deployments.followers import autoscaling_stats, demands_of, followers
@@ -65,6 +67,8 @@ INGRESS_CONCURRENCY = 10_000
 SLOW = 20
 STUCK = 2
 ROUTER_REQUESTS = 64.0
+# Things that were made since the collector last looked, and still are; Python's own 700 are those of a few requests.
+COLLECT_EVERY = 50_000
 # What only replaced routers asked goes so long after they did.
 KEPT_S = 30.0
 
@@ -84,6 +88,7 @@ class RouterIngress:
         """`kept`: replicas that only the routers before this one ask; there are some while a service is replaced."""
         speak()
         accept_many()
+        lighten(ROW_PATHS)
         followed: dict[str, Followed] = {}
         links: dict[str, Links] = {}
         families = {}
@@ -150,6 +155,7 @@ class RouterIngress:
         self._running = [
             loop.create_task(run) for run in (following, self._watch.run(), self._metrics.run(), self._keyring.follow())
         ]
+        collect_seldom()
         return self._api
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -356,6 +362,15 @@ def make_lane(manifest: VariantManifest, replicas: Replicas, config: ServeConfig
         routers=config.routers,
         call_s=CALL_MS / 1000,
     )
+
+
+def collect_seldom() -> None:
+    """What a router has when it begins lives as long as it does, and what a request leaves behind goes without the
+    collector, but for a few things that hold each other: it looks at new things only, and at many of them at a time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_EVERY)
 
 
 def proxy_secret_of(config: ServeConfig) -> str | None:

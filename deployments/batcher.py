@@ -14,16 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from deployments.flights import Flights
 from deployments.histogram import SIZES, size_of
+from deployments.landed import Answered, Landed
 from deployments.slots import CostModel, Slot, SlotLostError, Slots
-from deployments.tickets import Answered, Leg, Terms, Ticket, traces_of
+from deployments.tickets import Leg, Terms, Ticket, exits_of, traces_of
 from fettle.errors import DeadlineError, EngineError, FettleError, OverloadedError, UnavailableError
-from fettle.points import NEVER as NO_EXIT
-from fettle.points import Gates
-from fettle.rows import Exits, Outputs, Row, Rows
+from fettle.rows import Outputs, Row, Rows
 from fettle.scheduling import NEVER, Entry, Priority, Queue, Speed, corrected_pace, retry_after_s
 
 logger = logging.getLogger("ray.serve.fettle")
@@ -82,7 +79,12 @@ class Batcher:
     @property
     def speed(self) -> Speed:
         """By this router's share of the replicas, corrected by what batches were observed to take."""
-        return Speed(self._pace, max(1, self.slots.replicas) / self.routers, self.call_s)
+        return Speed(self._pace, self._share, self.call_s)
+
+    @property
+    def _share(self) -> float:
+        """Of the replicas, this router's."""
+        return max(1, self.slots.replicas) / self.routers
 
     @property
     def backlog_s(self) -> float:
@@ -105,7 +107,7 @@ class Batcher:
 
     def has_room(self, terms: Terms) -> bool:
         """Whether a request would be admitted now; cheap enough to ask before tokenizing."""
-        limit_ms = self._limit_s(terms) * 1000 * self.speed.replicas / self._pace
+        limit_ms = self._limit_s(terms) * 1000 * self._share / self._pace
         return self.queue.has_room(terms.key, terms.weight, limit_ms, terms.priority)
 
     def _limit_s(self, terms: Terms) -> float:
@@ -142,7 +144,8 @@ class Batcher:
         terms = terms or Terms(time.monotonic())
         leg = leg or Leg()
         tickets = [self._ticket(row, terms, leg) for row in rows]
-        if not leg.admitted and not self.queue.can_promise(tickets, time.monotonic(), self.speed):
+        bound = not leg.admitted and terms.deadline != NEVER
+        if bound and not self.queue.can_promise(tickets, time.monotonic(), self.speed):
             self.stats.late += len(tickets)
             raise DeadlineError("no free capacity answers this before its deadline; allow more time or come back later")
         for ticket in tickets:
@@ -302,7 +305,7 @@ class Batcher:
         taken, awake = time.monotonic(), self.is_ready
         try:
             rows = Rows.of([ticket.row for ticket in batch])
-            outputs = await slot.run(rows, self._exits(batch), *traces_of(batch))
+            outputs = await slot.run(rows, exits_of(batch, self.stages), *traces_of(batch))
         except SlotLostError as error:
             logger.warning("a replica was lost with %d rows: %s", len(batch), error)
             self._flights.land(batch)
@@ -313,24 +316,14 @@ class Batcher:
         else:
             self._flights.land(batch)
             self._observe(batch, rows, outputs, taken, awake)
+            landed = Landed(outputs)
             for index, ticket in enumerate(batch):
                 self._leave(ticket)
                 if not ticket.future.done():
-                    ticket.future.set_result(_answered(outputs, index, len(batch), (taken - ticket.entered) * 1000))
+                    ticket.future.set_result(landed.answer(index, (taken - ticket.entered) * 1000))
         finally:
             self._flights.land(batch)
             self._abandon(batch)
-
-    def _exits(self, batch: Sequence[Ticket]) -> Exits | None:
-        """A row of thresholds for each row, also where operating points are mixed; None where none can leave early."""
-        if all(ticket.gates is None for ticket in batch):
-            return None
-        never: Gates = (np.full(self.stages - 1, NO_EXIT, np.float32), np.ones(self.stages - 1, np.float32))
-        gates = [ticket.gates or never for ticket in batch]
-        return Exits(
-            thresholds=np.stack([thresholds for thresholds, _ in gates]),
-            temperatures=np.stack([temperatures for _, temperatures in gates]),
-        )
 
     def _observe(self, batch: list[Ticket], rows: Rows, outputs: Outputs, taken: float, awake: bool) -> None:
         began, self._last_done = max(taken, self._last_done), time.monotonic()
@@ -393,17 +386,6 @@ class Batcher:
         self._leave(ticket)
         if not ticket.future.done():
             ticket.future.set_exception(error)
-
-
-def _answered(outputs: Outputs, index: int, batch_rows: int, queue_ms: float) -> Answered:
-    return Answered(
-        values=outputs.values[index],
-        queue_ms=queue_ms,
-        infer_ms=outputs.infer_ms,
-        batch_rows=batch_rows,
-        stage=0 if outputs.stages is None else int(outputs.stages[index]),
-        scores=None if outputs.scores is None else outputs.scores[index],
-    )
 
 
 def _retrieved(future: asyncio.Future[Answered]) -> None:

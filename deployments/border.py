@@ -7,6 +7,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -16,10 +17,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
+from deployments.bounds import within
+from deployments.cycle import handled
 from deployments.haproxy import SECRET_HEADER
 from deployments.journal import Journal
 from deployments.keyring import Keyring
-from deployments.notes import header_of, id_of, note_error, note_if_slow, subject, traced
+from deployments.notes import header_of, headers_of, id_of, note_error, note_if_slow, subject, text_of, traced
 from deployments.router import ANYBODY, Client
 from deployments.schemas import ErrorReply
 from deployments.tracing import Tracer
@@ -71,10 +74,27 @@ class Streamed:
     model: Any
 
 
-def reply(content: object, headers: dict[str, str] | None = None, status: int = 200) -> Response:
+def reply(content: object, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
     """JSON by orjson; numpy arrays are written without a detour through Python floats."""
     data = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(data, status, headers, media_type="application/json")
+    return Json(data, status, headers or {})
+
+
+class Json(Response):
+    """A reply in JSON. Starlette's own constructor encodes every header's name anew, for each reply."""
+
+    media_type = "application/json"
+
+    def __init__(self, data: bytes, status: int, headers: Mapping[str, str]) -> None:
+        self.status_code, self.body, self.background = status, data, None
+        self.raw_headers = [(encoded(name), value.encode("latin-1")) for name, value in headers.items()]
+        self.raw_headers += (b"content-length", b"%d" % len(data)), (b"content-type", b"application/json")
+
+
+@lru_cache(maxsize=256)
+def encoded(name: str) -> bytes:
+    """A header's name as it is sent."""
+    return name.lower().encode("latin-1")
 
 
 def error_reply(error: FettleError) -> Response:
@@ -100,20 +120,23 @@ class BodyReader(Generic[Model]):
             TooLargeError, SlowBodyError, EncodingError: the body is over a limit, or compressed.
             RequestError: anything else is wrong with it.
         """
-        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        encoding = (text_of(request.scope, b"content-encoding") or "identity").strip().lower()
         if encoding not in ("identity", ""):
             raise EncodingError(
                 "content-encoding: compressed bodies are not read; send it plain", param="content-encoding"
             )
-        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind != "application/json" and not kind.endswith("+json"):
-            raise RequestError(f"content type {kind!r} is not understood; send application/json", param="content-type")
+        declared = text_of(request.scope, b"content-type")
+        if declared not in (None, "application/json"):
+            kind = declared.partition(";")[0].strip().lower()
+            if kind != "application/json" and not kind.endswith("+json"):
+                raise RequestError(
+                    f"content type {kind!r} is not understood; send application/json", param="content-type"
+                )
         try:
-            async with asyncio.timeout(self._limits.body_within_s):
-                body = await self._read(request)
+            body = await within(self._limits.body_within_s, self._read(request))
         except TimeoutError:
-            within = self._limits.body_within_s
-            raise SlowBodyError(f"the body was not complete within {within:g} s; send it at once, or less") from None
+            limit_s = self._limits.body_within_s
+            raise SlowBodyError(f"the body was not complete within {limit_s:g} s; send it at once, or less") from None
         try:
             return self.adapter.validate_json(body)
         except ValidationError as error:
@@ -121,16 +144,18 @@ class BodyReader(Generic[Model]):
 
     async def _read(self, request: Request) -> bytes:
         limit = self._limits.max_body_bytes
-        declared = request.headers.get("content-length", "0")
+        declared = header_of(request.scope, b"content-length")
         pieces: list[bytes] = []
-        size = int(declared) if declared.isdecimal() else 0
+        size = int(declared) if declared.isdigit() else 0
         if size <= limit:
-            size = 0
-            async for piece in request.stream():
-                pieces.append(piece)
-                size += len(piece)
-                if size > limit:
-                    break
+            size, more = 0, True
+            while more and size <= limit:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                pieces.append(message.get("body", b""))
+                size += len(pieces[-1])
+                more = message.get("more_body", False)
         if size > limit:
             raise TooLargeError(f"the body is larger than {limit} bytes; send several smaller requests")
         return b"".join(pieces)
@@ -197,9 +222,12 @@ class Body:
     reply before they have sent everything; but not for long: then the connection is closed.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, send: Send, headers: Mapping[bytes, bytes]) -> None:
+        """Of a request with these headers, by their names."""
         self._receive = receive
+        self._send = send
         self._more = True
+        self._none = b"transfer-encoding" not in headers and headers.get(b"content-length", b"0") == b"0"
 
     async def __call__(self) -> Message:
         message = await self._receive()
@@ -207,21 +235,17 @@ class Body:
             self._more = False
         return message
 
-    def closing(self, send: Send, headers: Iterable[tuple[bytes, bytes]]) -> Send:
-        """`send` for a request with these headers."""
-        if not any(
-            name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers
-        ):
-            return send
+    @property
+    def send(self) -> Send:
+        """How to reply now."""
+        return self._send if self._none or not self._more else self._closing
 
-        async def closing(message: Message) -> None:
-            if self._more and message["type"] == "http.response.start":
-                await self._throw_away()
-                if self._more:
-                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
-            await send(message)
-
-        return closing
+    async def _closing(self, message: Message) -> None:
+        if self._more and message["type"] == "http.response.start":
+            await self._throw_away()
+            if self._more:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        await self._send(message)
 
     async def _throw_away(self) -> None:
         size = 0
@@ -263,24 +287,25 @@ class Api(FastAPI):
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
-        body = Body(receive)
-        send = body.closing(send, scope["headers"])
+        await handled(scope, send, self._handle(scope, Body(receive, send, headers_of(scope))))
+
+    async def _handle(self, scope: Scope, body: Body) -> None:
         try:
             scope[CLIENT] = self._admitted(scope)
         except FettleError as error:
             note_error(self.journal, scope, error)
-            await error_reply(error)(scope, body, send)
+            await error_reply(error)(scope, body, body.send)
             return
         if scope["method"] != "POST" or scope["path"] not in self._direct:
-            await super().__call__(scope, body, send)
+            await super().__call__(scope, body, body.send)
         elif self._tracer is None:
-            await self._straight(scope, body, send)
+            await self._straight(scope, body)
         else:
-            await traced(self._tracer, self._straight, scope, body, send)
+            await traced(self._tracer, scope, partial(self._straight, scope, body))
 
-    async def _straight(self, scope: Scope, receive: Receive, send: Send) -> Response:
-        response = await _answered(self._direct[scope["path"]], Request(scope, receive), self.journal)
-        await response(scope, receive, send)
+    async def _straight(self, scope: Scope, body: Body) -> Response:
+        response = await _answered(self._direct[scope["path"]], Request(scope, body), self.journal)
+        await response(scope, body, body.send)
         return response
 
     def _admitted(self, scope: Scope) -> Client:

@@ -113,6 +113,8 @@ class Demand:
         The way of the gear is missed if it does not run, and comes back; it is waited for where nothing else runs.
         """
         gear = min(gear, len(ways) - 1)
+        if len(ways) == 1 and self.runs(ways[0]):
+            return [0]
         usual = list(range(gear, len(ways)))
         if not self.runs(ways[gear]):
             self.missing(ways[gear])

@@ -68,7 +68,7 @@ class Keyring:
         """Raises AuthError: it is nobody's key, or not valid any more."""
         # Every one is compared, each in constant time, so that neither content nor position leaks.
         matches = [client for key, client in self._plain.items() if hmac.compare_digest(offered, key)]
-        record = keys.find(self._records, offered)
+        record = keys.find(self._records, offered) if self._records else None
         if matches:
             return matches[0]
         if record is None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
 from deployments.journal import Journal, request_id
 from deployments.router import Asked
@@ -19,10 +19,11 @@ from fettle.manifest import TaskKind
 
 TRACE = "fettle.trace"
 ASKED = "fettle.asked"
+HEADERS = "fettle.headers"
 # A request that takes so many times the latency objective is told of; of a text only its wait counts.
 SLOW = 10.0
 
-Handling = Callable[[Scope, Receive, Send], Awaitable[Response]]
+Handling = Callable[[], Awaitable[Response]]
 
 
 def remember(request: Request, asked: Asked) -> Asked:
@@ -41,9 +42,23 @@ def id_of(scope: Scope) -> str:
     return request_id(header_of(scope, b"x-request-id").decode("latin-1"))
 
 
+def headers_of(scope: Scope) -> dict[bytes, bytes]:
+    """A request's headers by their names in lower case, the first of each name; made once of a request."""
+    headers: dict[bytes, bytes] | None = scope.get(HEADERS)
+    if headers is None:
+        headers = scope[HEADERS] = dict(reversed(scope["headers"]))
+    return headers
+
+
 def header_of(scope: Scope, name: bytes) -> bytes:
-    """The first header of this name, which is in lower case; empty if there is none."""
-    return next((value for each, value in scope["headers"] if each == name), b"")
+    """The first header of this name; empty if there is none."""
+    return headers_of(scope).get(name, b"")
+
+
+def text_of(scope: Scope, name: bytes) -> str | None:
+    """The first header of this name as a text; None if there is none."""
+    value = headers_of(scope).get(name)
+    return None if value is None else value.decode("latin-1")
 
 
 def subject(scope: Scope) -> dict[str, str]:
@@ -72,17 +87,17 @@ def told(response: Response) -> dict[str, str]:
     return {name[9:].replace("-", "_"): value for name, value in response.headers.items() if name[:9] == "x-fettle-"}
 
 
-async def traced(tracer: Tracer, handle: Handling, scope: Scope, receive: Receive, send: Send) -> None:
+async def traced(tracer: Tracer, scope: Scope, handle: Handling) -> None:
     """Handle a request, as a span from here to the end of its reply if it is sampled."""
     parent = header_of(scope, b"traceparent").decode("latin-1")
     trace = scope[TRACE] = tracer.begin(f"POST {scope['path']}", parent or None)
     if trace is None:
-        await handle(scope, receive, send)
+        await handle()
         return
     # What stays, if the client leaves.
     status = 499
     try:
-        response = await handle(scope, receive, send)
+        response = await handle()
         status = response.status_code
         trace.say({"request_id": id_of(scope), **subject(scope), **told(response)})
     finally:

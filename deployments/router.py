@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from deployments.bounds import holding, is_retried, until
+from deployments.bounds import Holding, Telling, before, is_retried
 from deployments.journal import Journal
 from deployments.served import Quality, ServedFamily
 from deployments.telemetry import Telemetry
@@ -97,18 +96,18 @@ class Asked:
         return replace(old, takes_part=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Tokenized:
+    """A request's rows, how many `tokens` they have together, how many were cut, and how long it took."""
+
     rows: list[Row]
     ms: float
+    tokens: int = field(init=False)
+    truncated: int = field(init=False)
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(row) for row in self.rows)
-
-    @property
-    def truncated(self) -> int:
-        return sum(row.truncated for row in self.rows)
+    def __post_init__(self) -> None:
+        self.tokens = sum([len(row) for row in self.rows])
+        self.truncated = sum([row.truncated for row in self.rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +251,7 @@ class Router:
         if asked.terms.trace is not None:
             asked.terms.trace.tokenized(tokenized.ms)
         await self.watch.informed()
-        with holding(asked.client.limits, tokenized.tokens):
+        with Holding(asked.client.limits, tokenized.tokens):
             try:
                 return await self._infer(asked, tokenized)
             except FettleError as error:
@@ -269,8 +268,7 @@ class Router:
         way, gear = self.choose(asked)
         family.demand.comes(way, [len(row) for row in tokenized.rows])
         with self.counted(asked):
-            async with until(asked.terms.deadline):
-                walked = await walk(family, way, tokenized.rows, asked.terms)
+            walked = await before(asked.terms.deadline, walk(family, way, tokenized.rows, asked.terms))
         degraded = asked.degraded and way.alpha > asked.quality.tolerance
         inferred = Inferred(asked, way, gear, degraded, walked)
         total_ms = (time.monotonic() - asked.terms.arrived) * 1000
@@ -362,17 +360,15 @@ class Router:
         full = [family.batchers[v] for v in ways[order[-1]].variants if not family.batchers[v].has_room(asked.terms)]
         raise min((batcher.overloaded(asked.terms) for batcher in full), key=lambda error: error.retry_after_s)
 
-    @contextmanager
-    def counted(self, asked: Asked) -> Iterator[None]:
-        """What goes wrong on the way; refusals before it are counted where they are made."""
-        try:
-            yield
-        except FettleError as error:
-            self.telemetry.refused(asked.family.name, "late" if isinstance(error, DeadlineError) else "failed")
-            trial = self.trial_of(asked)
-            if trial is not None and error.status >= 500:
-                trial.failed(asked.family)
-            raise
+    def counted(self, asked: Asked) -> Telling:
+        """Around the way of a request: what goes wrong there; refusals before it are counted where they are made."""
+        return Telling(lambda error: self._failed(asked, error))
+
+    def _failed(self, asked: Asked, error: FettleError) -> None:
+        self.telemetry.refused(asked.family.name, "late" if isinstance(error, DeadlineError) else "failed")
+        trial = self.trial_of(asked)
+        if trial is not None and error.status >= 500:
+            trial.failed(asked.family)
 
     def _only(self, kind: TaskKind | None) -> ServedFamily:
         fitting = [family for family in self.settled if kind in (None, family.task.kind)]

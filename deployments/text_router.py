@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 
-from deployments.bounds import holding, is_retried
+from deployments.bounds import Holding, is_retried
 from deployments.lane import Lane
 from deployments.router import Router
 from deployments.telemetry import Generated
@@ -49,7 +49,7 @@ class TextRouter:
         if call.asked.terms.trace is not None:
             call.asked.terms.trace.tokenized(call.tokenize_ms)
         await self.router.watch.informed()
-        with holding(call.asked.client.limits, sum(map(len, call.prompts))):
+        with Holding(call.asked.client.limits, sum(map(len, call.prompts))):
             begun = False
             try:
                 async with aclosing(self._answer(call)) as pieces:

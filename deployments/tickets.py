@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from deployments.landed import Answered
+from fettle.points import NEVER as NO_EXIT
 from fettle.points import Gates
-from fettle.rows import Row
+from fettle.rows import Exits, Row
 from fettle.scheduling import NEVER, Entry, Priority
 
 if TYPE_CHECKING:
@@ -48,21 +49,6 @@ class Leg:
     trace: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A row's values float32 [width], and where its time went.
-
-    `stage` answered it; `scores` float32 [stages - 1] is what the exits saw, None without exits.
-    """
-
-    values: NDArray[np.float32]
-    queue_ms: float
-    infer_ms: float
-    batch_rows: int
-    stage: int = 0
-    scores: NDArray[np.float32] | None = None
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
 class Ticket(Entry):
     """An entry of the queue with its row, and whoever waits for it; `entered` this queue, `arrived` at the router."""
@@ -83,3 +69,15 @@ class Ticket(Entry):
 def traces_of(batch: Iterable[Ticket]) -> tuple[str, ...]:
     """The spans of those rows that are traced, each once."""
     return tuple({ticket.trace: None for ticket in batch if ticket.trace is not None})
+
+
+def exits_of(batch: Sequence[Ticket], stages: int) -> Exits | None:
+    """A row of thresholds for each row, also where operating points are mixed; None where none can leave early."""
+    if all(ticket.gates is None for ticket in batch):
+        return None
+    never: Gates = (np.full(stages - 1, NO_EXIT, np.float32), np.ones(stages - 1, np.float32))
+    gates = [ticket.gates or never for ticket in batch]
+    return Exits(
+        thresholds=np.stack([thresholds for thresholds, _ in gates]),
+        temperatures=np.stack([temperatures for _, temperatures in gates]),
+    )

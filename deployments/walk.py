@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployments.batcher import Batcher
+from deployments.landed import Answered
 from deployments.served import ServedFamily
-from deployments.tickets import Answered, Leg, Terms
+from deployments.tickets import Leg, Terms
 from fettle.manifest import Step
 from fettle.menu import Way
-from fettle.points import judge
 from fettle.rows import Row
 from fettle.scheduling import NEVER
 
@@ -42,6 +42,11 @@ class Walked:
     infer_ms: float = 0.0
 
     @property
+    def answered(self) -> list[Answered]:
+        """What answered each row."""
+        return [visits[-1].answered for visits in self.visits]
+
+    @property
     def places(self) -> list[tuple[str, int]]:
         """The variant and stage that answered each row."""
         return [(visits[-1].step.variant, visits[-1].answered.stage) for visits in self.visits]
@@ -49,12 +54,12 @@ class Walked:
     @property
     def variants(self) -> list[str]:
         """Those that answered a row, each once."""
-        return list(dict.fromkeys(variant for variant, _ in self.places))
+        return list(dict.fromkeys([visits[-1].step.variant for visits in self.visits]))
 
     @property
     def stages(self) -> list[int]:
         """The stages that answered a row, each once."""
-        return list(dict.fromkeys(stage for _, stage in self.places))
+        return list(dict.fromkeys([visits[-1].answered.stage for visits in self.visits]))
 
 
 async def walk(family: ServedFamily, way: Way, rows: Sequence[Row], terms: Terms) -> Walked:
@@ -94,14 +99,12 @@ def _take(
     family: ServedFamily, walked: Walked, step: Step, left: list[int], answers: Sequence[Answered], *, last: bool
 ) -> list[int]:
     """Note what the step said of each row; returns those that go on."""
-    values = np.stack([answer.values for answer in answers])
-    stages = np.array([answer.stage for answer in answers], np.int8)
-    taken, scores = judge(values, stages, step, family.task, last=last)
-    going = []
-    for place, (index, done, score) in enumerate(zip(left, taken.tolist(), scores.tolist(), strict=True)):
-        walked.visits[index].append(Visit(step, answers[place], score, done))
+    task, going = family.task, []
+    for index, answer in zip(left, answers, strict=True):
+        done, score = answer.landed.judged(answer.index, step, task, last=last)
+        walked.visits[index].append(Visit(step, answer, score, done))
         if done:
-            walked.values[index] = values[place]
+            walked.values[index] = answer.values
         else:
             going.append(index)
     return going

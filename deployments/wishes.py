@@ -7,7 +7,7 @@ import math
 from fastapi import Request
 
 from deployments import schemas
-from deployments.notes import TRACE
+from deployments.notes import TRACE, text_of
 from deployments.router import LONGEST_TIMEOUT_S, Wishes
 from fettle.errors import RequestError
 
@@ -20,14 +20,14 @@ def wishes_of(request: Request, body: schemas.Wished) -> Wishes:
         priority=body.priority,
         timeout_s=_timeout_s(request),
         explain=isinstance(body, schemas.Explained) and body.explain,
-        session=request.headers.get("x-fettle-session"),
+        session=text_of(request.scope, b"x-fettle-session"),
         trace=request.scope.get(TRACE),
     )
 
 
 def _tolerance(request: Request, given: float | str | None) -> float | str | None:
     """The class from the body, else from the header `x-max-disagreement`."""
-    header = request.headers.get("x-max-disagreement")
+    header = text_of(request.scope, b"x-max-disagreement")
     if given is not None or header is None:
         return given
     try:
@@ -40,7 +40,7 @@ def _tolerance(request: Request, given: float | str | None) -> float | str | Non
 
 
 def _timeout_s(request: Request) -> float | None:
-    header = request.headers.get("x-request-timeout-seconds")
+    header = text_of(request.scope, b"x-request-timeout-seconds")
     if header is None:
         return None
     try:

@@ -6,8 +6,9 @@ of these changes. Chooses nothing: which of a class's points answers is a matter
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fettle.errors import RequestError
@@ -39,6 +40,11 @@ class Way:
     bound: float | Literal["exact"] | None = None
     point: OperatingPoint | None = None
     fingerprint: str = ""
+    # Of its stretches, in order.
+    variants: tuple[str, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "variants", tuple(stretch.step.variant for stretch in self.stretches))
 
     @property
     def alpha(self) -> float:
@@ -46,10 +52,6 @@ class Way:
         if self.point is not None:
             return self.point.certificate.alpha
         return 0.0 if self.bound == EXACT else 1.0
-
-    @property
-    def variants(self) -> list[str]:
-        return [stretch.step.variant for stretch in self.stretches]
 
 
 class Menu:
@@ -65,11 +67,9 @@ class Menu:
         able = [way for way in certified if self._served.issuperset(way.variants)]
         self.points = _useful([way for way in able if way.fingerprint not in revoked])
         self.revoked = [way for way in able if way.fingerprint in revoked]
-
-    @property
-    def levels(self) -> list[float]:
-        """The levels that differ in what may answer."""
-        return [way.alpha for way in self.points]
+        # The levels that differ in what may answer.
+        self.levels = [way.alpha for way in self.points]
+        self._gears: dict[tuple[int, bool], tuple[Way, ...]] = {}
 
     def pinned(self, variant: str) -> Way:
         """One variant all the way, with no promise unless it is the reference."""
@@ -94,13 +94,18 @@ class Menu:
         Raises:
             RequestError: no point is certified at it, and the reference is not served.
         """
-        admissible = [way for way in self.points if way.alpha <= tolerance]
-        beyond = [way for way in self.points if way.alpha > tolerance] if degraded else []
-        return (*(admissible or [self.reference()]), *beyond)
+        admissible = bisect_right(self.levels, tolerance)
+        gears = self._gears.get((admissible, degraded))
+        if gears is None:
+            faithful = self.points[:admissible] or [self.reference()]
+            gears = (*faithful, *(self.points[admissible:] if degraded else []))
+            self._gears[admissible, degraded] = gears
+        return gears
 
     def level(self, tolerance: float) -> float:
         """The level that this tolerance amounts to: the weakest certified one within it, 0 for the reference."""
-        return max((level for level in self.levels if level <= tolerance), default=0.0)
+        admissible = bisect_right(self.levels, tolerance)
+        return self.levels[admissible - 1] if admissible else 0.0
 
 
 def _pinned_way(family: Family, variant: str) -> Way:

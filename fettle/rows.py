@@ -25,7 +25,7 @@ class Row:
     truncated: bool = False
 
     def __len__(self) -> int:
-        return int(self.ids.shape[0])
+        return len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)

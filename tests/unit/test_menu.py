@@ -119,7 +119,7 @@ def test_a_pinned_variant_promises_nothing_unless_it_is_the_reference(family):
     found = menu(family)
     for name, stages in (("int8", 1), ("exits", 3)):
         way = found.pinned(name)
-        assert (way.bound, way.alpha, way.point, way.variants) == (None, 1.0, None, [name])
+        assert (way.bound, way.alpha, way.point, way.variants) == (None, 1.0, None, (name,))
         # All the way to the last stage.
         [stretch] = way.stretches
         assert [gate.threshold for gate in stretch.step.gates] == [NEVER] * (stages - 1) + [0.0]
