@@ -67,8 +67,10 @@ INGRESS_CONCURRENCY = 10_000
 SLOW = 20
 STUCK = 2
 ROUTER_REQUESTS = 64.0
-# Things that were made since the collector last looked, and still are; Python's own 700 are those of a few requests.
+# Things that were made since the collector last looked, and still are: Python's own 700 are those of a few requests.
 COLLECT_EVERY = 50_000
+# So often it looks at the new alone before it looks at the older too, and at those before it looks at all.
+COLLECT_OLDER = (5, 5)
 # What only replaced routers asked goes so long after they did.
 KEPT_S = 30.0
 
@@ -370,7 +372,7 @@ def collect_seldom() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECT_EVERY)
+    gc.set_threshold(COLLECT_EVERY, *COLLECT_OLDER)
 
 
 def proxy_secret_of(config: ServeConfig) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from deployments import border
 from deployments.api import build_api
@@ -559,3 +559,20 @@ def test_a_router_without_families_is_impossible_to_ask(tmp_path: Path):
     router = make_router([])
     with pytest.raises(FettleError):
         router.ask(None, TaskKind.CLASSIFY)
+
+
+@pytest.mark.parametrize("headers", [None, {}, {"Retry-After": "3", "x-fettle-class": "0.01", "x-fettle-b": "caf\xe9"}])
+def test_a_reply_has_the_headers_that_starlette_gives_one(headers):
+    ours = border.reply({"a": [1, "é"]}, headers, 429)
+    theirs = Response(ours.body, 429, headers, media_type="application/json")
+    assert ours.raw_headers == theirs.raw_headers
+    assert (ours.status_code, ours.body, dict(ours.headers)) == (theirs.status_code, theirs.body, dict(theirs.headers))
+    assert ours.background is None
+
+
+@pytest.mark.parametrize(
+    "kind", ["Application/JSON", "application/json; charset=utf-8", " application/json", "a/b+json"]
+)
+async def test_a_content_type_may_be_written_in_several_ways(client, kind):
+    response = await post_bytes(client, "/classify", b'{"model": "sections", "input": "fox"}', **{"content-type": kind})
+    assert response.status_code == 200
