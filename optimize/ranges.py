@@ -128,9 +128,9 @@ def single_rows(rows: Rows, spec: TokenizerSpec) -> Iterator[Feed]:
 
 
 def outputs_of(model: onnx.ModelProto, rows: Rows, spec: TokenizerSpec) -> Floats:
-    """All of the graph's floating-point outputs, float32 [rows, sum of their widths]."""
+    """All of the graph's answers, float32 [rows, sum of their widths]; hidden states between stages are none."""
     session = _session_with(model, [])
-    names = [item.name for item in session.get_outputs() if item.type == "tensor(float)"]
+    names = [item.name for item in session.get_outputs() if item.type == "tensor(float)" and len(item.shape) == 2]
     return np.concatenate([np.concatenate(_run(session, names, feed), axis=1) for feed in single_rows(rows, spec)])
 
 

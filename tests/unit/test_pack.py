@@ -62,8 +62,8 @@ def products(path: Path, rows: Rows) -> list[tuple[int, ...]]:
     return [array.shape for array in run(opened, rows, names)[1:]]
 
 
-# XLM-RoBERTa's code is RoBERTa's.
-NAMES = [name for name in tiny_models.CLASSIFIERS if name != "xlm-roberta"]
+# One operator for attention, with shared layers, rotary angles, and relative places; an export takes seconds each.
+NAMES = ("bert", "albert", "modernbert", "deberta-v2", "mpnet")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_embeddings_are_packed_up_to_their_pooling(tmp_path, pooling):
     assert (1, rows.tokens) in {shape[:2] for shape in products(built.path, rows)}
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_int8_for_each_token_chooses_the_same_codes(known, tmp_path, name, calibrated):
     built = known[name]

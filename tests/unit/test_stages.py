@@ -21,6 +21,7 @@ from optimize.fuse import fuse
 from optimize.load import Reference, load_reference
 from optimize.pack import pack
 from optimize.quantize import quantize_dynamic_int8
+from optimize.quantize_static import quantize_static_int8
 from optimize.stages import export_multi_exit, split
 from tests.unit import tiny_models
 from tests.unit.test_architectures import distance, sample_rows
@@ -247,6 +248,13 @@ def test_a_quantized_graph_splits_as_well(deep, tmp_path):
     assert np.abs(values - expected).mean() < 0.35 * expected.std()
     weights = onnx.load(tmp_path / "stage_2.onnx").graph.initializer
     assert sum(item.data_type == onnx.TensorProto.INT8 for item in weights) >= 6
+
+
+def test_a_graph_with_exits_is_quantized_statically_as_well(deep, tmp_path):
+    spec, sample = deep.reference.tokenizer, sample_rows(deep.reference, seed=5)
+    notes = quantize_static_int8(deep.directory / "narrow.onnx", tmp_path / "int8.onnx", sample, spec)
+    assert notes["quantized"]
+    assert split(tmp_path / "int8.onnx", tmp_path) == deep.stages
 
 
 def test_a_graph_without_exits_is_refused_by_name(deep, tmp_path):
