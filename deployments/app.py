@@ -368,7 +368,7 @@ def make_lane(manifest: VariantManifest, replicas: Replicas, config: ServeConfig
 
 def collect_seldom() -> None:
     """What a router has when it begins lives as long as it does, and what a request leaves behind goes without the
-    collector, but for a few things that hold each other: it looks at new things only, and at many of them at a time.
+    collector, but for a few things that hold each other: it looks at many new things at a time, seldom at older ones.
     """
     gc.collect()
     gc.freeze()

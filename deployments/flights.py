@@ -35,7 +35,7 @@ class Flights:
         """A second time does nothing."""
         if self._back.pop(id(batch), None) is not None:
             self.batches.remove(batch)
-            held = self._held and len(self.batches) < self._replicas
+            held = self._held and not self.free_at(self._replicas)
             self.lead.landed(time.monotonic(), self._call_s, held=held)
             self._landed.set()
 

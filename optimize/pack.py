@@ -23,12 +23,12 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 from pydantic import JsonValue
 
-from fettle.errors import first_line
+from fettle.errors import PassError, first_line
 from fettle.manifest import TokenizerSpec
 from fettle.rows import Rows
-from optimize.export import check_batches, largest_difference, run_graph, save_graph
-from optimize.first_token import ALIKE, NORMS, PAIRED, QUANTIZED_TOLERANCE, QUANTIZERS, TOLERANCE
-from optimize.fuse import Graph
+from optimize.export import save_graph
+from optimize.first_token import ALIKE, NORMS, PAIRED, QUANTIZERS, attribute, difference_of
+from optimize.fuse import Graph, drop_unused
 from workers.onnx_encoder import ORT_ERRORS, session_options
 
 # In the graph's own metadata: its nodes before they were packed, for variants that are made from this one.
@@ -38,7 +38,7 @@ MASK = "attention_mask"
 PROBES = ((3, 7), (2, 5))
 PRODUCTS = {"MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "DynamicQuantizeMatMul"}
 # One scale for all tokens of a call: padding no longer has a part in it.
-POOLED = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
+DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
 REDUCED = {"ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum"}
 
 Shape = tuple[int, ...]
@@ -63,14 +63,10 @@ def pack(path_in: Path, path_out: Path, sample: Rows, spec: TokenizerSpec) -> di
     packing.rewrite()
     helper.set_model_props(model, {**_properties(model), PADDED: before})
     save_graph(model, path_out)
-    batches = check_batches(sample, spec)
     try:
-        difference = largest_difference(run_graph(path_out, batches), run_graph(path_in, batches))
-    except ORT_ERRORS as error:
-        return _undone(path_in, path_out, f"ONNX Runtime refuses the packed graph: {first_line(error)}")
-    quantized = any(node.op_type in QUANTIZERS | POOLED for node in model.graph.node)
-    if difference > (QUANTIZED_TOLERANCE if quantized else TOLERANCE):
-        return _undone(path_in, path_out, f"the packed graph's values differ by {difference:.2g}")
+        difference = difference_of(path_out, path_in, sample, spec, QUANTIZERS | DYNAMIC)
+    except PassError as error:
+        return _undone(path_in, path_out, error.message)
     kinds = Counter(node.op_type for node in model.graph.node)
     return {"packed": len(packing.chosen), "gathers": kinds["Gather"], "max_difference": difference}
 
@@ -84,10 +80,7 @@ def unpack(path: Path) -> None:
     padded = properties.pop(PADDED)
     del model.graph.node[:]
     model.graph.node.extend(onnx.GraphProto.FromString(base64.b64decode(padded)).node)
-    read = {name for node in model.graph.node for name in node.input}
-    weights = [item for item in model.graph.initializer if item.name in read]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(weights)
+    drop_unused(model)
     del model.metadata_props[:]
     helper.set_model_props(model, properties)
     save_graph(model, path)
@@ -146,17 +139,17 @@ class _Packing:
         others = [name for name in node.input if name and name not in self._tokens]
         if not reads or node.output[0] not in self._tokens:
             return False
-        if kind in PRODUCTS | POOLED:
+        if kind in PRODUCTS | DYNAMIC:
             return reads == [node.input[0]] and all(name in self._fixed for name in others)
         if not all(name in self._tokens for name in node.output if name):
             return False
         if not all(self._is_for_any_token(name) for name in others):
             return False
         if kind in NORMS or kind in ("Softmax", "LogSoftmax", "Concat", "Split"):
-            return _attribute(node, "axis", 0 if kind == "Split" else -1) in (-1, 2)
+            return attribute(node, "axis", 0 if kind == "Split" else -1) in (-1, 2)
         if kind in REDUCED:
             # What is reduced has still one entry a token, so it was over the features, and they stay as one.
-            return _attribute(node, "keepdims", 1) == 1
+            return attribute(node, "keepdims", 1) == 1
         return kind in ALIKE | PAIRED | QUANTIZERS
 
     def _is_for_any_token(self, name: str) -> bool:
@@ -181,8 +174,6 @@ class _Packing:
             if id(node) in chosen or (id(node) in alike and reads and reads <= packed):
                 chosen.add(id(node))
                 packed.update(node.output)
-        if not any(node.op_type in PRODUCTS for node in self._model.graph.node if id(node) in chosen):
-            return set()
         return chosen
 
     def rewrite(self) -> None:
@@ -240,8 +231,8 @@ class _Packing:
         """The first token of each row, as `optimize.first_token` and classifiers take it, straight from the packed."""
         if not node.input or node.input[0] not in self._only:
             return False
-        single = node.op_type == "Gather" and _attribute(node, "axis", 0) == 1 and self._number(node.input[1], 1) == 0
-        sliced = node.op_type == "Slice" and [self._number(name, 1) for name in node.input[1:]] == [0, 1, 1]
+        single = node.op_type == "Gather" and attribute(node, "axis", 0) == 1 and self._number(node.input[1]) == 0
+        sliced = node.op_type == "Slice" and [self._number(name) for name in node.input[1:]] == [0, 1, 1]
         if not single and not sliced:
             return False
         firsts = f"{node.output[0]}_firsts"
@@ -251,10 +242,10 @@ class _Packing:
         self._nodes.append(helper.make_node("Squeeze", [firsts, "pack_axis"], list(node.output), name=node.name))
         return True
 
-    def _number(self, name: str, most: int) -> int | None:
-        """The one number in a constant of at most so many dimensions."""
+    def _number(self, name: str) -> int | None:
+        """The one number in a constant, alone or in a list."""
         item = self._graph.weights.get(name)
-        if item is None or len(item.dims) > most:
+        if item is None or len(item.dims) > 1:
             return None
         values = numpy_helper.to_array(item)
         return int(values.item()) if values.size == 1 else None
@@ -315,7 +306,3 @@ def _shapes(model: onnx.ModelProto, probe: tuple[int, int], scratch: Path) -> di
 def _has_one_a_token(first: Shape, second: Shape) -> bool:
     """[rows, tokens, width] of `PROBES`."""
     return len(first) == 3 and (first[:2], second[:2]) == PROBES and first[2] == second[2]
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    return next((item.i for item in node.attribute if item.name == name), default)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -219,19 +220,19 @@ def _export_stages(bench: Bench) -> Notes:
 def _fuse(bench: Bench) -> Notes:
     from optimize.fuse import fuse
 
-    return rewritten(bench, lambda old, new: fuse(old, new, bench.sample, bench.reference.tokenizer))
+    return rewritten(bench, partial(fuse, sample=bench.sample, spec=bench.reference.tokenizer))
 
 
 def _trim(bench: Bench) -> Notes:
     from optimize.first_token import first_token
 
-    return rewritten(bench, lambda old, new: first_token(old, new, bench.sample, bench.reference.tokenizer))
+    return rewritten(bench, partial(first_token, sample=bench.sample, spec=bench.reference.tokenizer))
 
 
 def _pack(bench: Bench) -> Notes:
     from optimize.pack import pack
 
-    notes = rewritten(bench, lambda old, new: pack(old, new, bench.sample, bench.reference.tokenizer))
+    notes = rewritten(bench, partial(pack, sample=bench.sample, spec=bench.reference.tokenizer))
     bench.packed = notes["packed"] != 0
     return notes
 
